@@ -9,6 +9,8 @@ for prediction in model.predict(images=["poster.jpg", None], texts=["Two friends
 
 import csv
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +43,9 @@ from vilt.batches import collate
 from vilt.datasets.arrow_dataset import Sample
 from vilt.datasets.kinds import KINDS, InputFormat, kinds_of
 from vilt.datasets.specs import DatasetSpec
+from vilt.utils.write_vla import NOT_FINITE, finite
+
+log = logging.getLogger("rep")
 
 SHOWN = 5
 """Number of predictions shown on the terminal."""
@@ -211,11 +216,18 @@ class _Items(Dataset[Sample]):
 
     def __init__(self, items: Sequence[Item], dataset: DatasetSpec, inputs: InputFormat) -> None:
         self._items, self._dataset, self._inputs = items, dataset, inputs
+        replaced: Counter[str] = Counter()
         for item in items:
             if others := [name for name in item.inputs if name not in dataset.modalities]:
                 raise DataError(f"{item.place}: expected {' or '.join(dataset.modalities)}, found {others[0]}")
             if not item.inputs:
                 raise DataError(f"{item.place}: expected {' or '.join(dataset.modalities)}, found none of them")
+            for name, value in item.inputs.items():
+                if dataset.modalities[name].padded and isinstance(value, np.ndarray) and value.dtype.kind == "f":
+                    replaced[name] += finite(value)[1]
+        for name, count in (+replaced).items():
+            log.warning("%s: %s: %d", name, NOT_FINITE, count)
+
     def __len__(self) -> int:
         return len(self._items)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import make_arrow
+from common.errors import DataError
 from engine.checkpoint import read_checkpoint
 from engine.items import Item, read_items
 from engine.predict import load_model
@@ -21,6 +22,7 @@ from tests.report_files import page_text
 from tests.vla_files import mmsa_pickle, vla_splits
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec
+from vilt.utils.write_vla import NOT_FINITE
 from vla.backbone import LETTERS
 
 pytestmark = pytest.mark.slow
@@ -124,7 +126,7 @@ def test_the_best_checkpoint_has_the_lowest_error(trained: Path) -> None:
     assert best["score"] == pytest.approx(min(errors)) and best["monitor"] == "val/mae"
 
 
-def test_predictions_equal_those_of_the_test(measured: Path, root: Path, tmp_path: Path) -> None:
+def test_predictions_equal_those_of_the_test(measured: Path, root: Path, tmp_path: Path, capsys: Captured) -> None:
     dataset = ArrowDataset(open_spec("mosi", root / "mosi", ["test"]), root / "mosi", "test")
     lines = ["id,text,audio,vision"]
     for row in range(6):
@@ -166,6 +168,22 @@ def test_predictions_equal_those_of_the_test(measured: Path, root: Path, tmp_pat
         assert values == pytest.approx([one["value"] for one in found], abs=1e-5)
         assert [features[f"present/{name}"][3] for name in ("text", "audio", "vision")] == [False, True, False]
         assert features["features/audio"][3].any() and not features["features/text"][3].any()
+    given[2] = f"output={output}"
+    assert "not finite" not in capsys.readouterr().err
+    arrays["audio"][4, 0, 0], arrays["audio"][5, -1, 1] = np.nan, -np.inf
+    np.savez(tmp_path / "in.npz", **arrays)  # type: ignore[arg-type]
+    np.save(tmp_path / "audio4.npy", arrays["audio"][4])
+    np.save(tmp_path / "audio5.npy", arrays["audio"][5])
+    assert call("predict", "num_workers=0", *given[::2], f"input={tmp_path / 'in.npz'}") == 0
+    assert f"audio: {NOT_FINITE}: 2\n" in capsys.readouterr().err
+    of_arrays = output.read_text()
+    assert call("predict", "precision=32", *given) == 0
+    assert output.read_text() == of_arrays
+    said = capsys.readouterr().err
+    assert f"audio4.npy: {NOT_FINITE}: 1\n" in said and f"audio5.npy: {NOT_FINITE}: 1\n" in said
+    wide = [Item("", {"audio": np.zeros((80, arrays["audio"].shape[2]))}, "mine")]
+    with pytest.raises(DataError, match=r"mine: audio: cannot be read: expected at most \d+ steps of width \d+, found"):
+        list(model.predict_items(wide, batch_size=4))
 
 
 def test_tables_and_report_tell_percentages_from_errors(measured, root, tmp_path, capsys):

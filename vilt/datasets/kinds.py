@@ -28,6 +28,7 @@ from vilt.images import square_image
 from vilt.utils.mapped_array import MappedArray, is_usable
 from vilt.utils.names import find_file
 from vilt.utils.raw_data import MAX_FILE_BYTES
+from vilt.utils.write_vla import NOT_FINITE, finite
 
 if TYPE_CHECKING:
     from vilt.datasets.arrow_dataset import ArrowDataset
@@ -323,18 +324,22 @@ class ArrayKind(Kind):
 
     @staticmethod
     def read_given(value: str | Path | np.ndarray, modality: Modality, given: InputFormat) -> Tensor:
+        file, shape = None, modality.shape
         if not isinstance(value, np.ndarray):
-            value = np.lib.format.read_array(io.BytesIO(_bytes_of(Path(value))), allow_pickle=False)
+            file = Path(value)
+            value = np.lib.format.read_array(io.BytesIO(_bytes_of(file)), allow_pickle=False)
         if value.dtype.kind not in "biuf":
             raise ValueError(f"expected numbers, found {value.dtype}")
-        with np.errstate(over="ignore"):  # values too large for float32 become infinite and are refused below
-            array, shape = np.array(value, dtype=np.float32), modality.shape
-        if not array.size or not np.isfinite(array).all():
+        array, replaced = finite(value)
+        if not array.size or (replaced and not modality.padded):
             raise ValueError("expected finite numbers" + ("" if array.size else ", found none"))
+        if replaced and file:
+            log.warning("%s: %s: %d", file, NOT_FINITE, replaced)
         if modality.padded and array.ndim == len(shape) and len(array) < (shape[0] or 0):
             array = np.pad(array, [((shape[0] or 0) - len(array), 0), *[(0, 0)] * (array.ndim - 1)])
         if array.ndim != len(shape) or array.shape[1:] != shape[1:] or shape[0] not in (None, len(array)):
-            raise ValueError(f"expected an array of shape {shape}, found {array.shape}")
+            expected = "at most {} steps of width {}".format(*shape) if modality.padded else f"the shape {shape}"
+            raise ValueError(f"expected {expected}, found {array.shape}")
         return torch.from_numpy(array)
 
     @staticmethod

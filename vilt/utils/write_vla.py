@@ -93,16 +93,20 @@ def _row(spec: DatasetSpec, segments: Segments, row: int) -> Row:
     remarks: Counter[str] = Counter()
     columns: Row = {"id": segments.ids[row], "raw_text": [segments.texts[row]], REMARKS: remarks}
     for name, given_TD in segments.features(row).items():
-        with np.errstate(over="ignore"):  # values too large for float32 become infinite, and are replaced below
-            x_TD = given_TD.astype(np.float32)
-        finite_TD = np.isfinite(x_TD)
-        if not finite_TD.all():
-            remarks[f"{name}: {NOT_FINITE}"] += int((~finite_TD).sum())
-            x_TD = np.where(finite_TD, x_TD, 0)
+        x_TD, count = finite(given_TD)
+        remarks[f"{name}: {NOT_FINITE}"] += count
         steps = spec.modalities[name].shape[0]
         assert steps is not None
         columns[name] = np.pad(x_TD, ((steps - len(x_TD), 0), (0, 0)))
     return columns | {"label": float(segments.labels_N[row])}
+
+
+def finite(x_TD: np.ndarray) -> tuple[np.ndarray, int]:
+    """`x_TD` as float32, with 0 in place of numbers that are not finite, and how many these are."""
+    with np.errstate(over="ignore"):  # values too large for float32 become infinite, and are replaced below
+        x_TD = x_TD.astype(np.float32)
+    finite_TD = np.isfinite(x_TD)
+    return (x_TD, 0) if finite_TD.all() else (np.where(finite_TD, x_TD, 0), int((~finite_TD).sum()))
 
 
 # ---- pickles

@@ -35,6 +35,7 @@ from runs.option_readers import (
     logging_service,
     precision_name,
     sort_order,
+    split_name,
     task_name,
 )
 from vilt.datasets.specs import EVERY_DATASET, SPLITS, Split
@@ -229,7 +230,7 @@ class Options:
         None, optional(path), COMMAND,
         "predict, embed: table with image, text and optionally id, or a folder of images and texts")
     split: Split | None = option(
-        None, optional(one_of(*SPLITS)), COMMAND,
+        None, optional(split_name), COMMAND,
         "embed: split of data_root, instead of input; as stored unless missing_ratio is given")
     output: Path | None = option(None, optional(path), COMMAND,
         "predict, embed: output file (.csv, .jsonl; .npz, .safetensors); None: predictions.csv, features.npz")

@@ -12,7 +12,7 @@ from common.errors import ConfigError
 from common.messages import suggestion
 from common.readers import Reader, one_of, text, wrong
 from vilt.datasets.custom import CUSTOM
-from vilt.datasets.specs import DATASETS, EVERY_DATASET, DatasetSpec
+from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS, DatasetSpec
 from vilt.missing_tables import PUBLISHED
 from vilt.missing_types import BOTH, JOIN, pattern_type
 
@@ -26,6 +26,11 @@ def task_name(option: str, value: Any) -> str:
         hint = suggestion(value, [*EVERY_DATASET]) or f"; a custom dataset is {CUSTOM}"
         raise ConfigError(f"{wrong(option, ' or '.join(DATASETS), value)}{hint}")
     return str(value)
+
+
+def split_name(option: str, value: Any) -> str:
+    """Reads a split; validation may also have its name in some arrow files, `dev` or `valid`."""
+    return one_of(*SPLITS)(option, "val" if value in ("dev", "valid") else value)
 
 
 @dataclass(frozen=True)

@@ -412,6 +412,12 @@ def test_features_of_missing_modalities_are_zero_and_marked(trained, model, film
     assert not again["present/image"].any() and not again["features/image"].any()
 
 
+def test_the_validation_split_may_be_called_dev(workspace: Workspace, trained: Path, tmp_path: Path) -> None:
+    data = ArrowDataset(FILMS, workspace.arrow, "val")
+    found = embedded(trained, tmp_path / "found.npz", "split=dev")
+    assert list(found["id"]) == [data.sample_name(number) for number in range(len(data))]
+
+
 def test_features_of_a_split_follow_a_given_missing_pattern(trained: Path, tmp_path: Path) -> None:
     options = ("split=train", "missing_ratio.train=1", "missing_type=text", f"missing_table_root={tmp_path}")
     found = embedded(trained, tmp_path / "found.npz", *options)
@@ -444,7 +450,7 @@ def test_no_training_sample_is_its_own_neighbour_whatever_is_missing(workspace: 
     [
         ("input=None", "embed: expected a checkpoint and samples"),
         ("split=test", "input=samples.csv or split=test; found load_path, input, split"),
-        ("split=dev", "split: expected train or val or test"),
+        ("split=all", "split: expected train or val or test, found 'all'"),
         ("output=found.csv", "output: expected a .npz or .safetensors file, found 'found.csv'"),
         ("output=/proc/found.npz", "output=/proc/found.npz: cannot be written: nothing can be created there"),
     ],

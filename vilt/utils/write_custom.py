@@ -19,9 +19,9 @@ from vilt.utils.tables import table_rows
 
 LAYOUT = """\
 RAW/
-  spec.yaml           files: TABLE and further settings; or use --spec FILE or --table TABLE
-  TABLE.csv           columns image, text, label, split; or .tsv, or .jsonl with these keys on each line
-  ANY/FILE            the images, named ANY/FILE in the table
+  spec.yaml           names the table and sets options; may instead be given with --spec, or replaced by --table
+  TABLE.csv           a row per sample: image, text, label, split; can also be .tsv, or .jsonl with these keys
+  ANY/FILE            the image files; the table gives their paths relative to RAW
 """
 SHARES: dict[Split, float] = {"train": 0.7, "val": 0.1, "test": 0.2}
 """Shares of rows in each split, if the dataset defines no splits."""

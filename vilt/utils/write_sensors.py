@@ -114,8 +114,8 @@ def open_raw(raw: Path, spec: Path | None = None, split: str | None = None) -> R
         of_signals = tuple((name, len(of), *sizes) for name, of in channels.columns.items())
         custom = CustomData(settings["name"], "single", classes, settings["metric"], of_signals)
     except ValueError as error:
-        files = {"classes": raw / "classes.txt", "modalities": raw / "channels.csv"}
-        raise DataError(f"{files.get(str(error).partition(':')[0], source)}: {error}") from None
+        file_of = {"classes": raw / "classes.txt", "modalities": raw / "channels.csv"}
+        raise DataError(f"{file_of.get(str(error).partition(':')[0], source)}: {error}") from None
     for name, of in channels.columns.items():
         for column, scale in zip(of, channels.scales[name], strict=True):
             check_finite(signals[:, column] * scale, raw / "signals.npy", 0, f"column {column} × scale {scale:g}")

@@ -127,7 +127,7 @@ class Options:
     )
     memory_length: int = option(36, integer(3), MODEL, "memory slots: a third each private, shared and dynamic")
     memory_depth: int = option(6, integer(1), MODEL,
-        "blocks of each tower that get private slots; default: 6, or half of a backbone too shallow for 6")
+        "blocks of each tower that get private slots; default: 6; in shallow backbones and for sensors, half of all")
     head: str = option("linear", one_of(*HEADS), MODEL, "linear, linear_by_type (one per missing type), or dpl")
     text_windows: int = option(1, integer(1), MODEL,
         "images and texts: maximum number of 75-token windows per text; the head gets their mean and maximum")

@@ -149,29 +149,31 @@ def open_training(options: Options, given: Collection[str]) -> Opened:
 
 
 def fit_depths(options: Options, given: Collection[str], architecture: Any) -> Options:
-    """Reduces depths that are not `given`, if the backbone has too few blocks for them.
+    """Fits depths that are not `given` to the backbone: for sensors always, else if it has too few blocks for them.
 
     Half of the blocks get slots of their own, and up to as many a replay, as in the published backbone.
     """
+    family = EVERY_DATASET[options.task].family
     with torch.device("meta"):
         backbone = family_of(options.task).build(architecture)
     depth = min(place.depth for place in backbone.places.values())
     memory, replay = options.memory_depth, options.replay_depth
-    if memory + replay <= depth:
-        return options
-    try:
-        kind = method_class(options.prompt_type, EVERY_DATASET[options.task].family)
-        kind(backbone.places, backbone.embed_dim, options.method())
-        return options  # a method without depths
-    except ValueError:
-        if "memory_depth" not in given:
-            memory = max(1, min(memory, depth // 2, depth - replay if "replay_depth" in given else depth))
-        if "replay_depth" not in given:
-            replay = min(replay, max(1, depth - memory))
+    if family == "sensors" and options.prompt_type == "rep" and "memory_depth" not in given:
+        memory = max(1, depth // 2)
+    if memory + replay > depth:
+        try:
+            kind = method_class(options.prompt_type, family)
+            kind(backbone.places, backbone.embed_dim, replace(options, memory_depth=memory).method())
+            return options  # a method without depths
+        except ValueError:
+            if "memory_depth" not in given:
+                memory = max(1, min(memory, depth // 2, depth - replay if "replay_depth" in given else depth))
+            if "replay_depth" not in given:
+                replay = min(replay, max(1, depth - memory))
     fitted = replace(options, memory_depth=memory, replay_depth=replay)
     for name in ("memory_depth", "replay_depth"):
         if (ours := getattr(fitted, name)) != (default := getattr(options, name)):
-            log.info("%s=%d, since the backbone has %d blocks, too few for the default, %d", name, ours, depth, default)
+            log.info("%s=%d, since the backbone has %d blocks; the default is %d", name, ours, depth, default)
     return fitted
 
 

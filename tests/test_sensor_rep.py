@@ -15,7 +15,10 @@ from clip.modules.heads import LinearHead
 from clip.modules.method import Method, MethodOptions
 from clip.modules.no_prompts import NoPrompts
 from clip.trainable import freeze
+from config import DEFAULTS, NAMED_CONFIGS
 from engine.checkpoint import ModelSpec, build_classifier
+from runs.check_options import resolve
+from runs.training import fit_depths
 from sensors.backbone import SwtBackbone
 from sensors.memory import SensorMemoryLearner, patterns
 from sensors.sizes import SWT, ModalitySizes, SensorSizes
@@ -64,6 +67,30 @@ def signals_of(sizes: SensorSizes, count: int, seed: int = 0) -> dict[str, Tenso
         name: (count, sizes.of(name).channels, sizes.intervals, sizes.of(name).samples) for name in sizes.modalities
     }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("task", "blocks", "wanted", "given", "expected"),
+    [
+        ("rwhar", [2, 2], {}, (), (2, 0)),
+        ("mod", [2, 2, 2], {}, (), (3, 0)),
+        ("mod", [2, 2, 4], {}, (), (4, 0)),
+        ("mod", [2, 2, 6], {}, (), (5, 0)),
+        ("mod", [1], {}, (), (1, 0)),
+        ("mod", [2, 2, 6], {"memory_depth": 4}, ("memory_depth",), (4, 0)),
+        ("mod", [2, 2, 6], {"replay_depth": 6}, (), (5, 5)),
+        ("mod", [2, 2, 6], {"replay_depth": 6}, ("replay_depth",), (4, 6)),
+        ("mod", [2, 2, 6], {"prompt_type": "none"}, (), (4, 0)),
+    ],
+)
+def test_half_of_the_blocks_have_private_slots_unless_a_depth_is_given(caplog, task, blocks, wanted, given, expected):
+    options = resolve({**DEFAULTS, **NAMED_CONFIGS[f"task_finetune_{task}"], **wanted})
+    with caplog.at_level("INFO"):
+        fitted = fit_depths(options, given, replace(SIZES, blocks=blocks))
+    assert (fitted.memory_depth, fitted.replay_depth) == expected
+    changed = {name for name in ("memory_depth", "replay_depth") if getattr(fitted, name) != getattr(options, name)}
+    assert {record.getMessage().partition("=")[0] for record in caplog.records} == changed
+    assert all(f"{sum(blocks)} blocks" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize("path", golden_as.files("rep"), ids=lambda path: path.stem)

@@ -107,6 +107,8 @@ class Options:
     simulate_missing: bool = option(
         False, flag, TRAINING, "in training, complete samples also lose a random modality, redrawn each epoch; "
         "text, audio and vision: all losses are redrawn each epoch, without a missing table")
+    label_ratio: float = option(
+        1, number(0, 1, above=True), TRAINING, "share of the labelled training samples that training uses")
     modality_dropout: float = option(
         0, number(0, 1), TRAINING, "in training, probability that a sample loses further modalities")
     num_workers: int = option(8, integer(0), MACHINE, "loader workers; at most one per core")

@@ -48,7 +48,8 @@ def number(low: float, high: float = float("inf"), *, above: bool = False) -> Re
 
     def read(option: str, value: Any) -> float:
         if not is_number(value) or not low <= value <= high or (above and value == low):
-            span = f"above {low:g}" if above else f"of at least {low:g}" if high == float("inf") else ""
+            top = "" if high == float("inf") else f" and at most {high:g}"
+            span = f"above {low:g}{top}" if above else f"of at least {low:g}" if high == float("inf") else ""
             raise wrong(option, f"a number {span or f'from {low:g} to {high:g}'}", value)
         return float(value)
 

@@ -112,21 +112,28 @@ def cache_features(
 
 
 def training_batches(data: MissingModalityData, *, cached: bool) -> DataLoader[Any]:
-    """Loads the training split in order, with the modalities of its missing table left out.
+    """Loads the samples that training uses in order, with the modalities of their missing table left out.
 
     Args:
-        kept: whether to load the cached outputs of the frozen towers instead of the inputs.
+        cached: whether to load the cached outputs of the frozen towers instead of the inputs.
     """
     dataset = data.datasets["train"].without_draws()
     dataset.cached = dataset.cached if cached else None
     return DataLoader(
         dataset,
         batch_size=data.settings.per_gpu_batchsize,
-        sampler=[(0, index) for index in range(len(dataset))],  # epoch and index
+        sampler=[(0, index) for index in dataset.chosen],  # epoch and index
         collate_fn=partial(collate, kinds_of(data.spec), once=True, cached=cached),
         num_workers=0 if cached else data.settings.num_workers,
         worker_init_fn=leave_group,
     )
+
+
+def at_their_index(dataset: ArrowDataset, x_n: Tensor) -> Tensor:
+    """Values (N, …) for all samples from those of the chosen ones; 0 for samples that training leaves out."""
+    x_N = x_n.new_zeros(len(dataset), *x_n.shape[1:])
+    x_N[torch.from_numpy(dataset.chosen)] = x_n
+    return x_N
 
 
 @torch.no_grad()
@@ -141,8 +148,9 @@ def remember_training_split(classifier: MissingModalityClassifier, data: Missing
         features.append(torch.cat([by_modality[name] for name in classifier.neighbours.widths], dim=1))
         present.append(inputs.joined().present_BM)
         labels.append(batch.label)
-    rows = torch.from_numpy(data.datasets["train"].row_of_sample)
-    classifier.neighbours.store(torch.cat(features), torch.cat(present), torch.cat(labels), rows)
+    dataset = data.datasets["train"]
+    features_NF, present_NM, labels_N = (at_their_index(dataset, torch.cat(x)) for x in (features, present, labels))
+    classifier.neighbours.store(features_NF, present_NM, labels_N, torch.from_numpy(dataset.row_of_sample))
 
 
 def _made_once(path: Path, maker: "_Maker") -> dict[str, Tensor]:

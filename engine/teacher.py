@@ -15,7 +15,7 @@ from tqdm import tqdm
 from clip.backbone import FrozenWeights
 from common.errors import ConfigError
 from common.hashing import file_sha256
-from engine.cached_features import has_constant_features, training_batches
+from engine.cached_features import at_their_index, has_constant_features, training_batches
 from engine.checkpoint import check_classes, read_checkpoint
 from engine.families import BackboneChoice
 from engine.open_model import COMPUTE_TYPES, open_model
@@ -38,7 +38,7 @@ def soft_labels(
     backbone: FrozenWeights,
     device: torch.device,
 ) -> Tensor:
-    """The teacher's class probabilities (N, C) for every training sample.
+    """The teacher's class probabilities (N, C) for every training sample, 0 for those that training leaves out.
 
     Args:
         path: the teacher's checkpoint.
@@ -74,5 +74,5 @@ def soft_labels(
             logits_BC = classifier(model_input(move_data_to_device(batch, device), "train"))
             logits_BC *= classifier.head.logit_scale  # cosines alone would give nearly uniform probabilities
             probabilities.append((logits_BC.sigmoid() if dataset.spec.multilabel else logits_BC.softmax(-1)).cpu())
-    log.info("soft labels for %d training samples from %s", len(dataset), path)
-    return torch.cat(probabilities).to(device)
+    log.info("soft labels for %d training samples from %s", len(dataset.chosen), path)
+    return at_their_index(dataset, torch.cat(probabilities)).to(device)

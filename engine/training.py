@@ -145,7 +145,8 @@ class FinetuneModule(pl.LightningModule):
     def _weight(self, batch_idx: int) -> tuple[int, float]:
         data, trainer = self._data, self.trainer
         step = (data.settings.per_gpu_batchsize, trainer.accumulate_grad_batches)
-        return weight_in_step(batch_idx, *step, len(data.datasets["train"]), trainer.global_rank, trainer.world_size)
+        samples = len(data.datasets["train"].chosen)
+        return weight_in_step(batch_idx, *step, samples, trainer.global_rank, trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Checks losses and gradients, on a GPU those of many steps at once.

@@ -207,6 +207,9 @@ def _check_method(options: Options) -> None:
             if found := getattr(options, name):
                 expected = f"expected {OPTIONS[name].default} with prompt_type={options.prompt_type}"
                 raise ConfigError(f"{name}: {expected}, which compares all modalities, found {found}")
+        if options.label_ratio != 1:
+            expected = f"expected 1 with prompt_type={options.prompt_type}, which uses no labels"
+            raise ConfigError(f"label_ratio: {expected}, found {options.label_ratio:g}")
         if options.per_gpu_batchsize % together or options.per_gpu_batchsize == together:
             raise ConfigError(
                 f"per_gpu_batchsize: expected a multiple of {together}, the length of a subsequence, for at least 2 "

@@ -22,8 +22,8 @@ NOT_THE_LINE = frozenset(_NO_RESULT | {"seed", "skip_bad_steps"})
 """Options in which the runs of one line may differ."""
 BY_CONTENT = {"vit": "backbone", "tokenizer": "tokenizer", "load_path": "load_path", "teacher": "teacher"}
 """Options that name files. Runs are compared by the file contents instead: by this entry of contents.json."""
-ADDITIONS = ("head", "neighbours", "teacher")
-"""Options that add something to any method."""
+ADDITIONS = ("head", "neighbours", "teacher", "label_ratio")
+"""Options that change any method and that every table names."""
 
 
 def additions(options: Mapping[str, Any]) -> list[str]:

@@ -166,6 +166,8 @@ class Doctor:
         pattern = split_patterns(options.data_settings().patterns, spec, root)[split]
         root = options.missing_table_root
         data.missing_table = load_missing_table(root, spec.table_name, split, pattern, data.n_rows)
+        if split == "train":
+            data.choose(options.label_ratio, options.seed)
         what = " (one per text)" if spec.column_of("text") else ""
         facts = [f"{counted(data.n_rows, 'row')}, {counted(len(data), 'sample')}{what}"]
         if split == "train" and spec.redrawn and options.simulate_missing:

@@ -99,10 +99,10 @@ def open_data(options: Options, inputs: InputFormat) -> MissingModalityData:
     """
     data = MissingModalityData(options.data_settings(), options.splits, inputs)
     for split, dataset in data.datasets.items():
-        if len(dataset) < options.processes:
+        if (samples := len(dataset.chosen)) < options.processes:
             raise ConfigError(
                 f"{dataset.path}: expected at least one sample for each of the {options.processes} processes, found "
-                f"{len(dataset)} in {split}; use fewer processes (num_gpus, num_nodes or cpu_processes)"
+                f"{samples} in {split}; use fewer processes (num_gpus, num_nodes or cpu_processes)"
             )
     log.info("data of %s:\n%s", options.data_root, data.describe())
     return data
@@ -115,7 +115,7 @@ def check_measurable(data: MissingModalityData, task: Task) -> None:
         DataError: the validation split is one of them; the best model cannot be chosen.
     """
     for split, dataset in data.datasets.items():
-        labels = torch.from_numpy(np.asarray(dataset.label_of_sample))
+        labels = torch.from_numpy(np.asarray(dataset.label_of_sample[dataset.chosen]))
         anything = torch.arange(len(labels) * task.n_classes).reshape(len(labels), task.n_classes) * 0.1
         if not math.isnan(task.metrics(anything, labels)[task.monitor]):
             continue

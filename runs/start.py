@@ -97,7 +97,7 @@ def log_remarks(options: Options, training: ArrowDataset) -> None:
 def samples_of_epoch(options: Options, training: ArrowDataset) -> int:
     """Number of training samples in an epoch; for pretraining, including those that fill up subsequences."""
     length = PRETRAINING.get(options.prompt_type, 1)
-    return len(training) if length == 1 else subsequences(training.table, length).size
+    return len(training.chosen) if length == 1 else subsequences(training.table, length).size
 
 
 def remarks(options: Options, dataset: DatasetSpec, samples: int) -> list[str]:

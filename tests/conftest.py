@@ -22,7 +22,7 @@ Captured = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 SLOW = {
     *("agreement", "backbone", "benchmarks", "contents", "damage", "datamodules", "demo", "ending", "golden_training"),
-    *("interruption", "cached_features", "methods", "package", "processes", "published"),
+    *("interruption", "cached_features", "label_ratio", "methods", "package", "processes", "published"),
     *("quickstart", "report_page", "report_search", "resume", "robustness", "run", "run_custom", "run_methods"),
     *("run_sensors", "run_vla", "sweep", "undefined", "writers"),
 }

@@ -133,7 +133,7 @@ def test_results_of_other_papers_name_their_source(runs: Path) -> None:
     assert "ViLT" in shown["RAGPT", "text", "70", "its paper"]["protocol"].text
 
 
-TAUGHT = ("REP, head dpl", "REP, teacher large_seed1-version_2")
+NAMED = ("REP, head dpl", "REP, teacher large_seed1-version_2", "REP, label_ratio 0.1")
 
 
 @pytest.mark.parametrize(
@@ -146,6 +146,7 @@ TAUGHT = ("REP, head dpl", "REP, teacher large_seed1-version_2")
         ({"text_windows": 8}, ["60", "52.31", "other input"]),
         ({"head": "dpl"}, ["60", "52.31", "other head or teacher"]),
         ({"teacher": "result/large_seed1/version_2/best.ckpt"}, ["60", "52.31", "other head or teacher"]),
+        ({"label_ratio": 0.1}, ["60", "52.31", "fewer labels"]),
         ({"rows": 400}, ["60", "52.31", "other data"]),
         ({"rows": None}, ["60", "52.31", "test split unknown"]),
         ({"vit": "tiny"}, ["60", "52.31", "other backbone"]),
@@ -163,7 +164,7 @@ def test_our_results_next_to_published_ones(tmp_path: Path, options: dict[str, A
     dataset = dataset_of(tmp_path)
     assert [row[3:] for row in rows_of(tables.ours_table(dataset))] == ([cells] if cells else [])
     title = {"rows=400": "MM-IMDb format, other data", "vit=tiny": "MM-IMDb (tiny)"}
-    assert {line.variant for line in dataset.lines} <= {"REP", "MAP", "new", "REP, text_windows 8", *TAUGHT}
+    assert {line.variant for line in dataset.lines} <= {"REP", "MAP", "new", "REP, text_windows 8", *NAMED}
     assert dataset.title == title.get("".join(f"{name}={value}" for name, value in options.items()), "MM-IMDb")
     assert ("7,799 items, ours has 400" in notes_of(tmp_path)) == (options.get("rows") == 400)
 

@@ -203,6 +203,10 @@ def test_a_warm_start_from_another_family_is_refused(root: Path, monkeypatch: Pa
         (("prompt_type=focal",), "missing_ratio: expected 0 with prompt_type=focal, found 0.7"),
         ((*FOCAL, "simulate_missing=True"), "simulate_missing: expected False with prompt_type=focal"),
         ((*FOCAL, "modality_dropout=0.3"), "modality_dropout: expected 0 with prompt_type=focal, which compares all"),
+        (
+            (*FOCAL, "label_ratio=0.1"),
+            "label_ratio: expected 1 with prompt_type=focal, which uses no labels",
+        ),
         ((*FOCAL, "per_gpu_batchsize=6"), "per_gpu_batchsize: expected a multiple of 4"),
         ((*FOCAL, "per_gpu_batchsize=4"), "for at least 2 subsequences, with prompt_type=focal, found 4"),
     ],

@@ -191,7 +191,11 @@ def test_the_command_prints_and_writes_the_table(tmp_path: Path, capsys: Capture
 def test_the_method_includes_head_neighbours_and_teacher(tmp_path: Path) -> None:
     write_run(tmp_path / "a_seed0" / "version_0", prompt_type="none", head="dpl", neighbours=8)
     write_run(tmp_path / "b_seed0" / "version_0", teacher="result/large_seed1/version_2/best.ckpt")
+    write_run(tmp_path / "c_seed0" / "version_0", label_ratio=0.1)
+    write_run(tmp_path / "d_seed0" / "version_0", label_ratio=1.0)
     assert {row.method for row in list_runs(tmp_path)} == {
+        "rep",
+        "rep label_ratio=0.1",
         "none head=dpl neighbours=8",
         "rep teacher=large_seed1-version_2",
     }

@@ -201,6 +201,8 @@ def test_a_grid_may_vary_further_options(sweep: Sweep, stand_in: SetUp, capsys: 
     assert any(line.startswith("decay_power memory_depth missing ratio") for line in single_spaced(said))
     assert sweep.grid("sweep_over.memory_depth=[1,2,3]", decay_power, **one_pattern) == 0
     assert "sweep s: 12 cells, 8 complete" in capsys.readouterr().err
+    assert sweep.grid("sweep_name=few", "sweep_over.label_ratio=[0.01,0.1,1]", **one_pattern) == 0
+    assert any(line.startswith("label_ratio missing ratio") for line in single_spaced(capsys.readouterr().out))
 
 
 def test_other_options_under_the_same_name_are_refused(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:

@@ -159,6 +159,7 @@ class DataSettings:
     subsequence: int = 1
     """Number of consecutive samples of a recording that stay together in a batch; above 1 only for pretraining."""
     modality_dropout: float = 0.0
+    label_ratio: float = 1.0
 
 
 def split_patterns(
@@ -200,6 +201,8 @@ class MissingModalityData(pl.LightningDataModule):
             )
             if split == "train":
                 self._draw_in_training(dataset)
+                if settings.label_ratio < 1:
+                    dataset.choose(settings.label_ratio, settings.seed)
             self.datasets[split] = dataset
         self._resume: tuple[int, int] | None = None
 
@@ -236,6 +239,9 @@ class MissingModalityData(pl.LightningDataModule):
             listed = [f"{count:,} {name}" for name, count in list(natural_counts.items())[1:] if count]
             natural = f"; naturally {', '.join(listed)}" if listed else ""
             lines.append(f"  {split:<6}{counted(len(dataset), 'sample'):>16}{rows} ({counts}{natural})")
+        if (ratio := self.settings.label_ratio) < 1 and "train" in self.datasets:
+            samples = counted(len(self.datasets["train"].chosen), "sample")
+            lines.append(f"  label_ratio={ratio:g}: training uses {samples} of the training split")
         if "train" in self.datasets and (self.spec.redrawn or self.settings.modality_dropout):
             lines.append(f"  missing modalities in training: {self.training_missing}")
         return "\n".join(lines)
@@ -249,7 +255,9 @@ class MissingModalityData(pl.LightningDataModule):
         seed = settings.order_seed if training else None
         order = None if training else dataset.evaluation_order()
         if (length := settings.subsequence) == 1:
-            return EpochSampler(len(dataset), seed=seed, rank=rank, world_size=world_size, order=order)
+            chosen = dataset.chosen[:, None] if training else None
+            shared: dict[str, Any] = {"seed": seed, "rank": rank, "world_size": world_size}
+            return EpochSampler(len(dataset), **shared, order=order, together=chosen)
         rows = subsequences(dataset.table, length)
         if len(rows) < LEAST_SUBSEQUENCES * world_size:
             raise DataError(
@@ -348,7 +356,7 @@ class MissingModalityData(pl.LightningDataModule):
         assert self.trainer is not None
         return {
             "samples_per_batch": self.settings.per_gpu_batchsize * self.trainer.world_size,
-            "samples": len(self.datasets["train"]),
+            "samples": len(self.datasets["train"].chosen),
             "seed": self.settings.seed,
             "order_seed": self.settings.order_seed,
         }

@@ -47,12 +47,13 @@ class Neighbours(nn.Module):
         self.register_buffer("row_N", torch.zeros(samples, dtype=torch.long))
 
     def store(self, features_NF: Tensor, present_NM: Tensor, labels: Tensor, row_N: Tensor) -> None:
-        """Stores the training samples, with modalities missing as in their missing table.
+        """Stores the training samples, with modalities missing as in their missing table; a row of zeros is no sample.
 
         Args:
             labels: 0 and 1 (N, C), or class indices (N,).
         """
         labels_NC = labels if labels.ndim == 2 else F.one_hot(labels, self.n_classes)
+        labels_NC = labels_NC * present_NM.any(1, keepdim=True)
         self.allocate(len(row_N))
         for name, value in zip(BANK, (features_NF, present_NM, labels_NC, row_N), strict=True):
             self.get_buffer(name).copy_(value)
@@ -70,7 +71,7 @@ class Neighbours(nn.Module):
             mean_BE = torch.einsum("bk,bke->be", weight_Bk, found_BkE)
             filled[name] = features[name] + self.feature_gate_M[m] * mean_BE
         labels_NC = self.get_buffer("labels_NC").float()
-        share_C = (labels_NC.sum(0) + 0.5) / (len(labels_NC) + 1)
+        share_C = (labels_NC.sum(0) + 0.5) / (self.get_buffer("present_NM").any(1).sum() + 1)
         votes_BC = (labels_NC[near_BGk[:, 0]] * valid_BGk[:, 0, :, None]).sum(1) + share_C
         log_odds_BC = (votes_BC / (count_BG[:, :1] + 1)).logit() - share_C.logit()
         return filled, self.vote_gate_C * log_odds_BC

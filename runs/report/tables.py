@@ -202,6 +202,8 @@ def unlike_published(dataset: Dataset, line: Line) -> str:
     backbones = {run.backbone for run in line.runs}
     if other_input(line.runs[0].config):
         return "other input"
+    if line.runs[0].config.get("label_ratio", 1) != 1:
+        return "fewer labels"
     if additions(line.runs[0].config):
         return "other head or teacher"
     if not dataset.is_published:

@@ -1,6 +1,7 @@
 """The dataset class that reads all arrow files."""
 
 import copy
+import hashlib
 import json
 import os
 from collections import Counter
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 from common.arrow_file import open_table
 from common.errors import DataError
 from common.messages import quoted
+from common.shares import part_of
 from vilt.datasets.kinds import ImageKind, Kind, TextKind, Tokenize, kinds_of, real_windows
 from vilt.datasets.specs import DatasetSpec, Split
 from vilt.missing_tables import MissingPattern, draw_missing_type, drop_modalities
@@ -90,6 +92,8 @@ class ArrowDataset(Dataset[Sample]):
         samples = np.maximum(lists[0], 1) if lists and not group_texts else 1
         self.row_of_sample = np.repeat(np.arange(self.n_rows), samples)
         """Row of every sample, int64 (N,), ascending."""
+        self.chosen = np.arange(len(self.row_of_sample))
+        """Indices of the samples that training uses, ascending; all unless `choose` leaves some out."""
         self.labels = self._read_labels()
         """Labels of every row, see `_read_labels`."""
         self.natural = self._natural_types()
@@ -112,6 +116,18 @@ class ArrowDataset(Dataset[Sample]):
         dataset = copy.copy(self)
         dataset.simulate_seed, dataset.redrawn, dataset.modality_dropout = None, None, (0.0, 0)
         return dataset
+
+    def choose(self, ratio: float, seed: int) -> None:
+        """Restricts training to a share of the rows, drawn from the seed; a smaller share is part of a larger one.
+
+        Indices of samples and everything kept for each row, such as the missing table, stay those of the whole split.
+        """
+        named = self.table[self.spec.id_column].to_pylist() if self.spec.id_column in self.table.column_names else []
+        by_name = sorted(range(self.n_rows), key=lambda row: str(named[row]) if named else "")  # else as in the file
+        key = hashlib.sha256(f"{self.spec.table_name}/label_ratio/{seed}".encode()).digest()
+        drawn = np.argsort(np.random.PCG64(int.from_bytes(key, "big")).random_raw(self.n_rows), kind="stable")
+        rows = np.array(by_name)[drawn[: part_of(self.n_rows, ratio)]]
+        self.chosen = np.flatnonzero(np.isin(self.row_of_sample, rows))
 
     @property
     def table(self) -> pa.Table:
@@ -233,11 +249,11 @@ class ArrowDataset(Dataset[Sample]):
         return named
 
     def absent_classes(self) -> list[str]:
-        """Names of the classes that occur in no row; empty if labels are numeric."""
+        """Names of the classes that no sample in `chosen` has; empty if labels are numeric."""
         if self.spec.label_range is not None:
             return []
-        classes = np.arange(self.spec.n_classes)
-        occurs: Any = self.labels.any(axis=0) if self.labels.ndim == 2 else np.isin(classes, self.labels)
+        classes, labels = np.arange(self.spec.n_classes), self.label_of_sample[self.chosen]
+        occurs: Any = labels.any(axis=0) if labels.ndim == 2 else np.isin(classes, labels)
         return [name for name, found in zip(self.class_names(), occurs, strict=True) if not found]
 
     def tokenize(self, tokenize: Tokenize, fingerprint: str, windows: int = 1) -> None:

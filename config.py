@@ -100,7 +100,8 @@ class Options:
         BOTH_EVERYWHERE, MissingTypeReader(partial(by_key, SPLITS), BOTH_EVERYWHERE, ANY), DATA,
         "text, image or both; other modalities: names (text, text+audio), any or some; one word sets all splits")
     both_ratio: float = option(
-        0.5, number(0, 1), DATA, "with type both: share of incomplete samples that lose the image, not the text")
+        0.5, number(0, 1), DATA,
+        "with type both: share of incomplete samples that lose the first modality (image, seismic), not the second")
     missing_table_root: Path = option("datasets/missing_tables", path, MACHINE, "folder of the missing tables")
     missing_tables: str = option("nested", one_of(*DRAWINGS), DATA, "how missing tables are drawn: nested or published")
     order_seed: int | None = option(None, optional(SEED), DATA, "seed of the order of training samples; None: seed")
@@ -174,8 +175,9 @@ class Options:
         None, optional(integer(1)), TRAINING, "number of optimiser steps; None: as many as max_epoch takes")
     warmup_steps: float = option(0.1, warmup, TRAINING, "optimiser steps of linear warm-up, or their share if below 1")
     decay_power: float | str = option(
-        1, word_or("cosine", word_or("plateau", number(0, above=True))), TRAINING,
-        "power of polynomial decay, cosine, or plateau (a tenth after 10 validations without a lower loss)")
+        1, word_or("cosine", word_or("step", word_or("plateau", number(0, above=True)))), TRAINING,
+        "power of polynomial decay, cosine, step (a fifth of the rate after each fifth of the training), or plateau (a "
+        "tenth after 10 validations without a lower loss)")
     end_lr: float = option(0, number(0), TRAINING, "learning rate at the last step")
     val_check_interval: int | float = option(None, optional(interval), TRAINING,
         "epochs between validations, or batches if above 1; None: 0.2; Hateful Memes: 0.1, 0.11 with DCP")

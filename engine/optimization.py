@@ -15,6 +15,8 @@ from common.shares import part_of
 ADAM_BETAS = (0.9, 0.98)
 ADAM_EPS = 1e-8
 SGD_MOMENTUM = 0.9
+STEP, STEPS = 0.2, 5
+"""The decay of FOCAL's supervised DeepSense: the factor, and the number of equal parts of the training."""
 PATIENCE, PLATEAU_THRESHOLD = 10, 1e-4
 """The defaults of torch's ReduceLROnPlateau."""
 NOT_DECAYED = ("bias", "norm.weight")
@@ -33,7 +35,8 @@ class OptimizerSettings:
     warmup_steps: float  # optimiser steps, or a share of all steps if below 1
     end_lr: float
     decay_power: float | str
-    """Power of the polynomial decay to `end_lr`; or `cosine` for cosine decay to it, or `plateau` (see Plateau)."""
+    """Power of the polynomial decay to `end_lr`; or `cosine` for cosine decay to it, `step` (a factor of STEP after
+    each fifth of the training), or `plateau` (see Plateau)."""
     max_steps: int | None = None  # limit on all steps, if the epochs have more
 
 
@@ -189,7 +192,7 @@ def plateau_of(scheduler: object) -> Plateau | None:
 
 
 def make_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps: int) -> LambdaLR:
-    """Linear warm-up, then decay to `end_lr` at `total_steps`; the rate stays there afterwards.
+    """Linear warm-up, then decay to `end_lr` at `total_steps` (`step`: not below it); the rate stays there afterwards.
 
     Factors are rounded as in transformers 4.2.1, whose cosine schedule rises again after the last step.
     """
@@ -202,6 +205,8 @@ def make_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps
     def share_of_rate(step: int) -> float:
         if step < warmup:
             return step / warmup
+        if power == "step":
+            return max(STEP ** min(STEPS - 1, STEPS * step // total_steps), end / start)
         left = 1 - (1.0 if step >= total_steps else (step - warmup) / (total_steps - warmup))
         left = (1 - math.cos(math.pi * left)) / 2 if power == "cosine" else left ** float(power)
         return ((start - end) * left + end) / start

@@ -224,6 +224,18 @@ def test_the_learning_rate_is_one_epoch_ahead_of_the_published_one() -> None:
     assert [1e-3 * share_of_rate(3 * epoch) for epoch in range(199)] == pytest.approx(expected[1:], rel=1e-6)
 
 
+def test_step_decay_multiplies_the_rate_after_each_fifth_an_epoch_ahead_of_the_published_one() -> None:
+    """Published: rates of every fiftieth of 1500 epochs."""
+    expected = golden_as.load(golden_as.HERE / "preprocessing.npz").arrays["lr_step"]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1e-4)
+    settings = OptimizerSettings("adamw", 1e-4, 1, 0, 0, 1e-7, "step")
+    [share_of_rate] = make_schedule(optimizer, settings, 1500 * 3).lr_lambdas
+    assert [1e-4 * share_of_rate(3 * epoch) for epoch in range(49, 1499, 50)][: len(expected) - 1] == pytest.approx(
+        expected[1:], rel=1e-6
+    )
+    assert share_of_rate(0) == 1 and share_of_rate(900) == 0.2 and share_of_rate(899) == 1
+
+
 SWT_SIZES = ("width", "blocks", "feature_width", "heads", "projection_width", "temperature")
 DEEPSENSE_SIZES = ("width", "inner_layers", "recurrent_width", "projection_width", "temperature")
 

@@ -58,6 +58,7 @@ WRONG = {
     "val_check_interval=0": "val_check_interval: expected a share of an epoch above 0 and up to 1, or an integer",
     "val_check_interval=2.5": "val_check_interval: expected a share of an epoch above 0 and up to 1, or an integer",
     "decay_power=linear": "decay_power: expected a number above 0, found 'linear'",
+    "decay_power=steps": "decay_power: expected a number above 0, found 'steps'",
     "decay_power=plateau": "warmup_steps: expected 0 with decay_power=plateau, which has none, found 0.1",
     "decay_power=plateau warmup_steps=0 end_lr=1e-5": "end_lr: expected 0 with decay_power=plateau",
     "network.width=64": "network: is not an option of task=mmimdb, found {'width': 64}",

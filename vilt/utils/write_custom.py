@@ -119,17 +119,12 @@ def assemble(layout: Layout, rows: Sequence[Listed], read_image: ReadImage, spli
     return RawDataset(custom_spec(custom), custom.class_names, tuple(splits), "\n".join(filter(None, doubts)))
 
 
-def image_of(listed: Listed) -> str | None:
-    """Identifies the image file of a row; None if the row has no image, or one that is not a file."""
-    alone = missing(listed.image) or not isinstance(listed.image, str | Path)
-    return None if alone else normal(str(listed.image))
-
-
 def draw_splits(layout: Layout, rows: Sequence[Listed], seed: int) -> tuple[dict[Split, list[Listed]], str]:
     """Draws splits stratified by label, with all rows of an image in one split. Also returns a note on them."""
     groups: dict[str, list[int]] = {}
     for number, listed in enumerate(rows):
-        groups.setdefault(image_of(listed) or f"row {number}", []).append(number)
+        file = normal(str(listed.image)) if isinstance(listed.image, str | Path) else ""
+        groups.setdefault(file or f"row {number}", []).append(number)
 
     def place(group: str) -> tuple[str, bytes]:
         label = normal(str(rows[groups[group][0]].label))

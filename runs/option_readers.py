@@ -12,7 +12,7 @@ from common.errors import ConfigError
 from common.messages import suggestion
 from common.readers import Reader, one_of, text, wrong
 from vilt.datasets.custom import CUSTOM
-from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS, DatasetSpec
+from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS, VALIDATION, DatasetSpec
 from vilt.missing_tables import PUBLISHED
 from vilt.missing_types import BOTH, JOIN, pattern_type
 
@@ -29,8 +29,8 @@ def task_name(option: str, value: Any) -> str:
 
 
 def split_name(option: str, value: Any) -> str:
-    """Reads a split; validation may also have its name in some arrow files, `dev` or `valid`."""
-    return one_of(*SPLITS)(option, "val" if value in ("dev", "valid") else value)
+    """Reads a split; validation may also have another of its names, such as `dev`."""
+    return one_of(*SPLITS)(option, VALIDATION.get(value, value) if isinstance(value, str) else value)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from PIL import Image
 from common.errors import DataError
 from common.messages import quoted
 from vilt.datasets.custom import CUSTOM, CUSTOM_METRICS
+from vilt.datasets.specs import VALIDATION
 from vilt.images import open_rgb
 from vilt.utils import raw_data
 from vilt.utils.arrow_writer import SplitSummary
@@ -27,8 +28,6 @@ from vilt.utils.custom_layout import COLUMNS, Layout
 from vilt.utils.names import label_name, normal
 from vilt.utils.write_custom import Listed, assemble, incomplete
 
-SPLIT_NAMES = {"validation": "val", "valid": "val", "dev": "val"}
-"""Other names for splits, used by Hugging Face and others."""
 LOADING = Lock()
 """Held while a Pillow image reads its file, on first use: rows in different threads may share the image."""
 
@@ -81,7 +80,7 @@ def convert(
         of_rows = zip(*(read[column] for column in COLUMNS), strict=True)
         for row, (image, text, label, own) in enumerate(of_rows, 1):
             split = own if key is None else key
-            split = SPLIT_NAMES.get(normal(split).lower(), split) if isinstance(split, str) else split
+            split = VALIDATION.get(normal(split).lower(), split) if isinstance(split, str) else split
             rows.append(Listed(Path(str(key or "data")), row, image, text, _label(label, class_names), split))
     if labels is None:
         labels = "multi" if any(isinstance(listed.label, list) for listed in rows) else "single"

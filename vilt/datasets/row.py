@@ -9,6 +9,8 @@ from vilt.datasets.custom import CustomData
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+VALIDATION: dict[str, Split] = {"validation": "val", "valid": "val", "dev": "val"}
+"""Other names of the validation split, in files and libraries."""
 CLIP, VLA = "clip", "vla"
 
 

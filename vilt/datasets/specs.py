@@ -8,6 +8,7 @@ from typing import Any
 from vilt.datasets.custom import CUSTOM, CUSTOM_METRICS, SENSORS, CustomData
 from vilt.datasets.row import CLIP as CLIP
 from vilt.datasets.row import SPLITS as SPLITS
+from vilt.datasets.row import VALIDATION as VALIDATION
 from vilt.datasets.row import VLA, DatasetSpec, Modality, Split
 from vilt.datasets.sensor_rows import SENSOR_ROWS, recordings, signal
 

@@ -10,10 +10,10 @@ from typing import Any
 from common.errors import DataError
 from common.messages import listed, quoted
 from common.strict_json import kind_of, parse_json
+from vilt.datasets.specs import SPLITS, VALIDATION
 from vilt.utils.names import spelled_as
 from vilt.utils.raw_data import read_bytes
 
-SPLIT_NAMES = ("train", "val", "valid", "validation", "dev", "test")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -101,7 +101,7 @@ def _is_row(fields: Sequence[str], header: Sequence[str], files: Sequence[str]) 
     if len(fields) != len(header):
         return False
     row = {name: field.strip(' "\r\n') for name, field in zip(header, fields, strict=True)}
-    if row.get("split", "").lower() in SPLIT_NAMES:
+    if row.get("split", "").lower() in (*SPLITS, *VALIDATION):
         return True
     kinds = [mimetypes.guess_type(row[name], strict=False)[0] or "" for name in header if name in files]
     return bool(kinds) and all(kind.startswith("image/") for kind in kinds)

@@ -16,7 +16,7 @@ from vilt.datasets.kinds import kinds_of
 from vilt.datasets.specs import DatasetSpec
 from vilt.utils.array_files import SUFFIXES, samples_of_arrays, say_unread
 from vilt.utils.names import find_file, normal
-from vilt.utils.tables import DELIMITERS, table_rows
+from vilt.utils.tables import FORMATS, table_rows
 from vilt.utils.write_custom import missing as is_missing
 
 log = logging.getLogger("rep")
@@ -72,7 +72,7 @@ def read_items(source: Path, dataset: DatasetSpec) -> list[Item]:
 
 
 def _items_of_table(source: Path, dataset: DatasetSpec) -> list[Item]:
-    if source.suffix.lower() not in (*DELIMITERS, ".jsonl"):
+    if source.suffix.lower() not in FORMATS:
         found = "another kind of file" if source.exists() else "nothing there"
         raise DataError(f"input={source}: expected a folder of images, or a .csv, .tsv or .jsonl file, found {found}")
     items, kinds, columns = [], kinds_of(dataset), dict[str, None]()

@@ -15,10 +15,10 @@ from vilt.datasets.custom import CUSTOM, CUSTOM_METRICS, CustomData
 from vilt.datasets.specs import SPLITS, Split
 from vilt.utils.names import find_file, label_name, look_alikes, normal, whole
 from vilt.utils.raw_data import read_bytes
+from vilt.utils.tables import FORMATS
 
 KEYS = ("name", "files", "columns", "labels", "separator", "classes", "metric")
 COLUMNS = ("image", "text", "label", "split")
-FORMATS = (".csv", ".tsv", ".jsonl")
 
 
 @dataclass(frozen=True)

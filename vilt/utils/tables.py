@@ -15,6 +15,8 @@ from vilt.utils.names import spelled_as
 from vilt.utils.raw_data import read_bytes
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+FORMATS = (*DELIMITERS, ".jsonl")
+"""Suffixes of tables."""
 
 
 def table_rows(

@@ -19,7 +19,7 @@ from vilt.datasets.specs import DATASETS, SPLITS, DatasetSpec, Split, with_shape
 from vilt.utils.mapped_array import open_numbers
 from vilt.utils.pickled_arrays import SUFFIXES, PickledArray, read_pickle
 from vilt.utils.raw_data import REMARKS, RawDataset, RawSplit, Row, not_as_in, require_layout
-from vilt.utils.tables import DELIMITERS, table_rows
+from vilt.utils.tables import FORMATS, table_rows
 
 MODALITIES, STEPS = ("text", "audio", "vision"), ("steps", "width")
 SPLIT_KEYS: dict[Split, str] = {"train": "train", "val": "valid", "test": "test"}
@@ -245,7 +245,7 @@ def _refuse_label(spec: DatasetSpec, place: str, found: object) -> None:
 
 def _of_table(spec: DatasetSpec, raw: Path, table: Path | None) -> tuple[dict[str, tuple[int, ...]], list[Segments]]:
     if table is None:
-        tables = [path for path in sorted(raw.iterdir()) if path.suffix in (*DELIMITERS, ".jsonl")]
+        tables = [path for path in sorted(raw.iterdir()) if path.suffix in FORMATS]
         if len(tables) != 1:
             found = ", ".join(path.name for path in tables) or "none"
             raise not_as_in(LAYOUT, f"{raw}: expected one table or pickle, found {found}")

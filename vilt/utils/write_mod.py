@@ -42,10 +42,8 @@ RAW/
   ANY/train_index.txt, test_index.txt; and pretrain_index.txt, if there is one
 """
 RUNS = Path(__file__).parents[1] / "datasets" / "mod_runs.csv"
-CLASSES = (
-    *("Polaris", "Warhog", "Silverado", "motor", "tesla", "mustang", "walk"),
-    *("bicycle", "forester", "pickup", "scooter"),
-)
+LABELLED = DATASETS["mod"].class_names or ()
+CLASSES = (*LABELLED, "bicycle", "forester", "pickup", "scooter")
 SECONDS, INTERVALS = 2, 10
 PRETRAIN, UNUSED = "pretrain", "unused"
 RATES = {"seismic": 100, "audio": 8000}
@@ -206,7 +204,7 @@ def open_raw(raw: Path, split: str | None = None) -> RawDataset:
         notes.append(f"warning: not in any list of MOD's recordings or samples, and left out: {found}")
     if how == PUBLISHED:
         notes.append("--split published: test samples lie between training samples of the same recording")
-    return RawDataset(spec, CLASSES[: spec.n_classes], tuple(splits), "\n".join(filter(None, notes)))
+    return RawDataset(spec, LABELLED, tuple(splits), "\n".join(filter(None, notes)))
 
 
 def _by_name(paths: Iterable[Path]) -> dict[str, Path]:
@@ -297,9 +295,9 @@ def _of_index(
         if (split := split_of[name]) is None:  # next to a border
             continue
         label = class_of(name)
-        if not 0 <= label < DATASETS["mod"].n_classes:
+        if not 0 <= label < len(LABELLED):
             index = "train" if name in listed_in["train"] else "test"
-            expected = f"expected one of {listed(CLASSES[:7])} in the name"
+            expected = f"expected one of {listed(LABELLED)} in the name"
             raise DataError(f"{indices[index]}, row {listed_in[index][name]}: {name}: {expected}")
         found[split].append(entry(name, label))
         if split != "train":

@@ -138,9 +138,6 @@ class _Unpickler(pickle.Unpickler):
             raise NotNumpyError(f"it mentions {module}.{name}, which might run code; not opened")
         return KNOWN[module, name]
 
-    def persistent_load(self, pid: Any) -> Any:
-        raise NotNumpyError("it refers to something outside the file")
-
 
 def read_pickle(path: Path) -> Any:
     """The content of a pickle: plain values, with a PickledArray for each array.

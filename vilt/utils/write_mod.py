@@ -140,24 +140,23 @@ class Node:
             for name, x in (("seismic", seismic), ("audio", audio))
         }
 
-    def load(self) -> dict[str, np.ndarray]:
-        """The signals, cut at both ends as listed. Raises DataError, which names file and row."""
-        found = {}
-        for name, rate in (("audio", 2 * RATES["audio"]), ("seismic", RATES["seismic"])):
-            path, separator = self.paths[name], "," if name == "audio" else r"\s+"
-            values = read_numbers(path, [0], separator)[:, 0]
-            check_finite(values, path, 1, name)
-            found[name] = values[self.listed.cut_start * rate : len(values) - self.listed.cut_end * rate]
-        return found
-
 
 _LOCK = Lock()
 
 
 @lru_cache(maxsize=1)
 def _loaded(node: Node) -> dict[str, np.ndarray]:
-    """The signals of a node. Only the last recording is cached, since samples are read in order."""
-    return node.load()
+    """The signals of a node, cut at both ends as listed. Raises DataError, which names file and row.
+
+    Only the last recording is cached, since samples are read in order.
+    """
+    found = {}
+    for name, rate in (("audio", 2 * RATES["audio"]), ("seismic", RATES["seismic"])):
+        path, separator = node.paths[name], "," if name == "audio" else r"\s+"
+        values = read_numbers(path, [0], separator)[:, 0]
+        check_finite(values, path, 1, name)
+        found[name] = values[node.listed.cut_start * rate : len(values) - node.listed.cut_end * rate]
+    return found
 
 
 def _lines(path: Path) -> int:

@@ -73,7 +73,7 @@ def collate(
         kinds: kind of each modality, in the dataset's order.
         once: an input shared by several samples is stored once. Valid only without dropout, when its features are the
             same for all of them.
-        kept: the inputs are cached features.
+        cached: the inputs are cached features.
     """
     collated: dict[str, Collated] = {}
     rows, sources = {}, {}

@@ -115,7 +115,7 @@ def split_samples(recordings: Sequence[Recording], how: str, source: str, droppe
     """Divides the samples of `recordings` into splits.
 
     Args:
-        how: one of WAYS.
+        how: one of SPLIT_METHODS.
         dropped: number of samples to leave out at a border between splits.
 
     Raises:

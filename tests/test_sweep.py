@@ -22,7 +22,9 @@ import torch
 from optuna.trial import TrialState
 
 from common.locks import locked
+from common.strict_json import write_json
 from run import command_line
+from runs.command_line import is_of_sweep, read_command_line
 from runs.sweep import command, jobs
 from runs.sweep.jobs import Job, Outcome, Progress, error_in, run_here
 from runs.sweep.launchers import Submission, _run_submitted
@@ -203,6 +205,37 @@ def test_a_grid_may_vary_further_options(sweep: Sweep, stand_in: SetUp, capsys: 
     assert "sweep s: 12 cells, 8 complete" in capsys.readouterr().err
     assert sweep.grid("sweep_name=few", "sweep_over.label_ratio=[0.01,0.1,1]", **one_pattern) == 0
     assert any(line.startswith("label_ratio missing ratio") for line in single_spaced(capsys.readouterr().out))
+
+
+def test_the_named_ablation_trains_its_four_cells(sweep: Sweep) -> None:
+    """With the real run.py."""
+    assert sweep.grid("ablation", types="both", ratios="0.5", seeds="0") == 0
+    rows = [(row["far"], row["fmb"], row["complete"]) for row in sweep.table()]
+    assert rows == [(far, fmb, "1") for far in ("False", "True") for fmb in ("False", "True")]
+
+
+def test_options_of_the_sweep_in_a_file_stay_out_of_its_runs(sweep, stand_in, tmp_path):
+    """So do those of a named config; the other options in the file reach the runs."""
+    file = tmp_path / "mine.json"
+    write_json(file, {"sweep_over": {"memory_depth": [1, 2]}, "sweep_seeds": [5], "learning_rate": 0.003})
+    options: list[str] = ["rep_described", str(file), "sweep_types=[text]", "sweep_ratios=[0.5]"]
+    assert sweep.run(*options) == 0
+    assert set(sweep.versions()) == {f"s_memory_depth-{depth}_text_0.5_seed5" for depth in (1, 2)}
+    words = sweep.arguments("s_memory_depth-1_text_0.5_seed5")
+    assert "rep_described" in words and str(file) not in words
+    asked = read_command_line(words, ["main"])
+    assert not any(map(is_of_sweep, asked.chosen)) and asked.updates["learning_rate"] == 0.003
+    write_json(file, {"learning_rate": 0.003})
+    assert sweep.run(*options, "sweep_launcher=commands", "sweep_over.memory_depth=[1,2]", "sweep_seeds=[6]") == 0
+    lines = (sweep.folder / "commands.txt").read_text().splitlines()
+    assert len(lines) == 2 and all(shlex.quote(str(file)) in line for line in lines)
+
+
+def test_a_search_in_a_file(sweep: Sweep, scores: SetUp, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    write_json(file, {"search": {"memory_length": [3, 6]}, "search_trials": 2})
+    assert sweep.run(str(file)) == 0
+    assert not any(map(is_of_sweep, read_command_line(sweep.arguments("s_trial_0_seed0"), ["main"]).chosen))
 
 
 def test_other_options_under_the_same_name_are_refused(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:

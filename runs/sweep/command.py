@@ -13,7 +13,7 @@ from common.locks import locked
 from common.messages import quoted
 from common.signals import Stopped
 from common.strict_json import read_json, write_json
-from config import DATA, MODEL, OPTIONS, TRAINING, Options
+from config import DATA, MODEL, NAMED_CONFIGS, OPTIONS, TRAINING, Options
 from runs.check_options import check
 from runs.command_line import is_of_sweep, option_of
 from runs.run_reader import as_written_by_run
@@ -56,13 +56,13 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequenc
     options = check_sweep(config, chosen)
     spec = open_spec(options.task, options.data_root, options.splits)
     folder = options.log_dir / options.sweep_name
-    given = [update for update in updates if not is_of_sweep(option_of(update))]
     busy = f"sweep_name={options.sweep_name}: another sweep of this name is running in {options.log_dir}"
     with locked(folder / ".lock", busy):
         try:
             commands = options.sweep_launcher == "commands"
             launch = make_launcher("local" if commands else options.sweep_launcher, options, folder / "submitit")
             record(options, spec, config, folder)
+            given = words_of_runs(updates, folder)
             if options.search:
                 from runs.sweep.search import Search
 
@@ -74,6 +74,26 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequenc
         except (KeyboardInterrupt, Stopped):
             log.info("stopped; the same command resumes: %s", shlex.join(run_command("sweep", "with", *updates)))
             raise
+
+
+def words_of_runs(words: Sequence[str], folder: Path) -> list[str]:
+    """The words of the command line that the runs get: all but the sweep's own options.
+
+    A named config or .json file that sets any of these is replaced by a file in `folder` with its other options.
+    """
+    given = []
+    for index, word in enumerate(words):
+        if "=" in word:
+            given += [] if is_of_sweep(option_of(word)) else [word]
+            continue
+        content = NAMED_CONFIGS[word] if word in NAMED_CONFIGS else read_json(Path(word))
+        others = {name: value for name, value in content.items() if not is_of_sweep(option_of(name))}
+        if others == content:
+            given.append(word)
+        elif others:
+            given.append(str(folder / f"options_{index}.json"))
+            write_json(Path(given[-1]), others)
+    return given
 
 
 def check_sweep(config: Mapping[str, Any], names: Sequence[str]) -> Options:

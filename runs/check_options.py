@@ -40,6 +40,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "network": ("sensors", VLA),
 }
 """Options that exist only for some backbone families."""
+NEEDS = {"replay_depth": "far", "decoupling_weight": "fmb", "dynamic_init": "fmb"}
+"""Options of REP as described, and the option that each needs."""
 OUTPUTS = {"predict": ("predictions.csv", ".csv", ".jsonl"), "embed": ("features.npz", ".npz", ".safetensors")}
 """For each command, its default output file and the suffixes accepted for others."""
 
@@ -234,7 +236,7 @@ def _check_method(options: Options) -> None:
         without = OPTIONS[name].read(name, OPTIONS[name].default)
         if EVERY_DATASET[options.task].family not in families and getattr(options, name) != without:
             raise ConfigError(f"{name}: is not an option of task={options.task}, found {getattr(options, name)}")
-    for name, needed in {"replay_depth": "far", "decoupling_weight": "fmb", "dynamic_init": "fmb"}.items():
+    for name, needed in NEEDS.items():
         if (value := getattr(options, name)) and not getattr(options, needed):
             raise ConfigError(f"{name}: expected {OPTIONS[name].default} with {needed}=False, found {value}")
     if options.group_texts and options.text_windows == 1:

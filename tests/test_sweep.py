@@ -207,11 +207,18 @@ def test_a_grid_may_vary_further_options(sweep: Sweep, stand_in: SetUp, capsys: 
     assert any(line.startswith("label_ratio missing ratio") for line in single_spaced(capsys.readouterr().out))
 
 
-def test_the_named_ablation_trains_its_four_cells(sweep: Sweep) -> None:
-    """With the real run.py."""
-    assert sweep.grid("ablation", types="both", ratios="0.5", seeds="0") == 0
+@pytest.mark.parametrize("configs", [("ablation",), ("rep_described", "ablation", "memory_depth=1")])
+def test_the_named_ablation_trains_its_four_cells(sweep: Sweep, configs: tuple[str, ...]) -> None:
+    """With the real run.py. Of REP as described, a cell without FAR has no replay either."""
+    assert sweep.grid(*configs, types="both", ratios="0.5", seeds="0") == 0
     rows = [(row["far"], row["fmb"], row["complete"]) for row in sweep.table()]
     assert rows == [(far, fmb, "1") for far in ("False", "True") for fmb in ("False", "True")]
+    described = "rep_described" in configs
+    for far, fmb, _ in rows:
+        config = json_of(sweep.folder / f"s_far-{far}_fmb-{fmb}_both_0.5_seed0" / "version_0" / "config.json")
+        assert (config["far"], config["fmb"]) == (far == "True", fmb == "True") and not config["sweep_over"]
+        assert bool(config["replay_depth"]) == (described and config["far"])
+        assert (bool(config["decoupling_weight"]), config["dynamic_init"]) == (described and config["fmb"],) * 2
 
 
 def test_options_of_the_sweep_in_a_file_stay_out_of_its_runs(sweep, stand_in, tmp_path):

@@ -17,7 +17,7 @@ from config import DATA, MODEL, NAMED_CONFIGS, OPTIONS, TRAINING, Options
 from runs.check_options import check
 from runs.command_line import is_of_sweep, option_of
 from runs.run_reader import as_written_by_run
-from runs.sweep.grid import Grid, variant_name, variants
+from runs.sweep.grid import Grid, options_of, variant_name, variants
 from runs.sweep.jobs import run_command
 from runs.sweep.launchers import CLUSTERS, make_launcher
 from vilt.datasets.open_spec import open_spec
@@ -147,7 +147,7 @@ def check_variants(options: Options, config: Mapping[str, Any]) -> None:
     named: dict[str, dict[str, Any]] = {}
     for variant in variants(options):
         try:
-            check({**config, **variant})
+            check({**config, **options_of(variant)})
         except ConfigError as error:
             raise ConfigError(f"sweep_over: {variant} is not possible: {error}") from error
         other = named.setdefault(variant_name(variant), variant)

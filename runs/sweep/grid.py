@@ -13,7 +13,8 @@ from typing import Any
 from common.files import atomic_path, write_csv
 from common.strict_json import read_json
 from common.text import Estimate, baseline_texts, counted, estimate, figure, per_cent, terminal_table
-from config import Options
+from config import OPTIONS, Options
+from runs.check_options import NEEDS
 from runs.command_line import written
 from runs.run_reader import as_written_by_run, numbers_by_name
 from runs.sweep.jobs import Job, Progress
@@ -30,6 +31,11 @@ COSTS = ("trained_parameters", "training_seconds")
 def variants(options: Options) -> list[dict[str, Any]]:
     """All combinations of the values in `sweep_over`."""
     return [dict(zip(options.sweep_over, values, strict=True)) for values in product(*options.sweep_over.values())]
+
+
+def options_of(variant: dict[str, Any]) -> dict[str, Any]:
+    """The options that a variant sets: its own, and those off that need an option it switches off (`far`, `fmb`)."""
+    return {name: OPTIONS[name].default for name, needed in NEEDS.items() if not variant.get(needed, True)} | variant
 
 
 def variant_name(variant: dict[str, Any]) -> str:
@@ -69,7 +75,7 @@ class Grid:
 
     def _job(self, missing_type: str, ratio: float, variant: dict[str, Any], seed: int) -> Job:
         name = "_".join(filter(None, [self.options.sweep_name, variant_name(variant), missing_type, str(ratio)]))
-        own = [written(option, value) for option, value in variant.items()]
+        own = [written(option, value) for option, value in options_of(variant).items()]
         own += [f"missing_type={missing_type}", f"missing_ratio={ratio}", f"seed={seed}", f"exp_name={name}"]
         return Job(f"{name}_seed{seed}", self.folder, (*self.given, *own, f"log_dir={self.folder}"), tested=True)
 

@@ -20,13 +20,17 @@ from common.readers import text
 from common.strict_json import read_json
 from common.text import baseline_texts, counted, natural_key
 from config import DEFAULTS
+from engine.ending import ERROR_FILE
 from runs.comparable import BY_CONTENT, NOT_THE_LINE
 from runs.pattern import Pattern
+from runs.sweep.jobs import error_in
 from vilt.datasets.custom import CUSTOM, CUSTOM_TASKS, CustomData
 from vilt.datasets.specs import CLIP, EVERY_DATASET, SPLITS, DatasetSpec, spec_of
 
 RUN_FILES = ("best.ckpt", "last.ckpt", "metrics.csv", "test_results.json")
 """Any of these identifies a run folder, even if its config.json does not."""
+ERROR_LENGTH = 100
+"""Maximum length of the error shown for a failed run."""
 NEEDED = ("task", "exp_name", "prompt_type", "data_root", "seed", "test_only")
 SAME_CONTENTS = ("data of train", "data of val", "data of test", "backbone")
 """Entries of contents.json in which the runs of one line agree."""
@@ -112,10 +116,21 @@ class Run:
         return float(open_checkpoint(best, "score")["score"])
 
     @cached_property
+    def failure(self) -> str | None:
+        """The error that ended the run, shortened; None if it is running, was killed or has a test result."""
+        path = self.folder / ERROR_FILE
+        if not path.is_file() or (self.folder / "test_results.json").is_file():
+            return None
+        line = re.sub(r"^[\w.]+\.(?=\w+(: |$))", "", error_in(path.read_text("utf-8", errors="replace")))
+        return line if len(line) <= ERROR_LENGTH else f"{line[: ERROR_LENGTH - 1]}…"
+
+    @cached_property
     def state(self) -> tuple[str, str]:
-        """`finished` or `unfinished`, and a note."""
+        """`finished`, `unfinished` or `failed`, and a note."""
         if self.test is not None:
             return "finished", ""
+        if self.failure is not None:
+            return "failed", self.failure
         if self.is_evaluation:
             return "unfinished", "no test result"
         path = self.folder / "last.ckpt"

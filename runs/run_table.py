@@ -29,8 +29,8 @@ class RunRow:
 
     folder: Path  # including log_dir
     name: str  # the option exp_name; for an evaluation, the name of its folder
-    state: str = "damaged"  # or finished, or unfinished
-    note: str = ""  # what is unfinished or damaged
+    state: str = "damaged"  # or finished, unfinished, failed
+    note: str = ""  # what is unfinished or damaged, or the error
     method: str | None = None
     dataset: str | None = None
     train: str | None = None  # training pattern, such as `70 % both`; None for an evaluation (test_only)
@@ -54,7 +54,7 @@ class RunRow:
 
 
 def list_runs(log_dir: Path) -> list[RunRow]:
-    """All runs below `log_dir`, including unfinished and damaged ones, sorted by folder.
+    """All runs below `log_dir`, including unfinished, failed and damaged ones, sorted by folder.
 
     Raises:
         ConfigError: there is no such folder.

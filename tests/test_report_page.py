@@ -221,6 +221,15 @@ def test_missing_files_are_reported(tmp_path: Path) -> None:
     assert not (tmp_path / "report" / "figures").exists()
 
 
+def test_a_failed_run_is_said_to_have_failed(tmp_path: Path) -> None:
+    """No command evaluates a run without a checkpoint."""
+    run = write_run(tmp_path / "a_seed0" / "version_0", tested=None)
+    (run / "best.ckpt").unlink()
+    (run / "error.txt").write_text("Traceback:\ncommon.errors.DataError: no films\n")
+    page = Page(make_report([tmp_path], tmp_path / "report")).text
+    assert "R1 (a_seed0/version_0) failed: DataError: no films" in page and "run.py robustness" not in page
+
+
 def test_configurations_left_out_of_the_bars_are_counted(tmp_path: Path) -> None:
     for number in range(4):
         TestSet().write(write_run(tmp_path / f"{number}", memory_length=6 * number + 6))

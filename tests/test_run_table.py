@@ -87,6 +87,33 @@ def test_an_untested_run_shows_how_far_it_got(tmp_path: Path, options: dict[str,
     assert state_of(folder) == expected
 
 
+TRACEBACK = """Traceback (most recent call last):
+  File "run.py", line 1, in <module>
+KeyError: 'x'
+
+The above exception was the direct cause of the following exception:
+
+common.errors.DataError: films.arrow: row 3: not an image
+"""
+
+
+def test_a_run_that_ended_with_an_error_has_failed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a_seed0" / "version_0", score=None, tested=None)
+    (folder / "error.txt").write_text(TRACEBACK)
+    assert state_of(folder) == ("failed", "DataError: films.arrow: row 3: not an image")
+    assert call("runs", f"log_dir={tmp_path}") == 0
+    [row] = read_csv(tmp_path / "runs.csv")
+    assert (row["state"], row["note"]) == ("failed", "DataError: films.arrow: row 3: not an image")
+    (folder / "error.txt").write_text(f"RuntimeError: {'x' * 500}\n")
+    assert len(state_of(folder)[1]) == 100
+    torch.save({"global_step": 6, "MissingModalityData": {"epoch": 3, "batches": 0}}, folder / "last.ckpt")
+    resumed = write_run(folder.with_name("version_1"), score=None, tested=None, resume_from=str(folder / "last.ckpt"))
+    assert state_of(resumed) == ("unfinished", "no validation yet")
+    shutil.rmtree(resumed)
+    write_run(folder.with_name("version_1"), resume_from=str(folder / "last.ckpt"))
+    assert state_of(resumed) == ("finished", "")
+
+
 DAMAGE = {
     "config.json": ("{", "config.json: not readable as JSON: "),
     "contents.json": ("{", "contents.json: not readable as JSON: "),

@@ -54,10 +54,11 @@ def section_of(dataset: Dataset) -> Section:
         parts.append(Part("Methods compared", [figures.comparison_figure(dataset), tables.comparison_table(dataset)]))
     if runs:
         parts.append(Part("Robustness curves", [figures.robustness_curves(dataset)] if dataset.measured else []))
-        if lacking := [run for run in runs if run.robustness is None]:
+        if lacking := [run for run in runs if run.robustness is None and (run.folder / "best.ckpt").is_file()]:
             few = ", ".join(f"{run.tag} ({run.place})" for run in lacking) if len(lacking) <= 3 else ""
             text = f"{few or listed_runs(lacking)}: no robustness results. This command computes them:"
             parts[-1].notes.append(Note(text, robustness_command(lacking)))
+        parts[-1].notes += [Note(f"{run.tag} ({run.place}) failed: {run.failure}") for run in runs if run.failure]
     if dataset.measured:
         parts.append(Part("Missing type × missing ratio", [tables.matrix_table(dataset)]))
         if dataset.decides_elsewhere:

@@ -23,6 +23,7 @@ from engine.contents import CONTENTS_FILE, OF_TEST, other_contents
 from runs.comparable import BY_CONTENT, NOT_THE_TRAINING
 from runs.option_readers import PRECISIONS
 from runs.run_reader import flat_options, trained_so_far
+from runs.sweep.jobs import BUSY
 from vilt.datasets.arrow_dataset import ArrowDataset
 
 log = logging.getLogger("rep")
@@ -55,8 +56,7 @@ def training_lock(parent: Path, config: Mapping[str, Any]) -> Iterator[None]:
         return
     training = {name: value for name, value in _comparable(config).items() if name not in FREE}
     digest = hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()
-    busy = f"resume_from=auto: another process runs this training in {parent}"
-    with locked(parent / f".training_{digest[:16]}.lock", busy):
+    with locked(parent / f".training_{digest[:16]}.lock", f"{BUSY} in {parent}"):
         yield
 
 

@@ -321,6 +321,30 @@ def test_failed_cells_are_listed_and_the_others_run(sweep: Sweep, stand_in: SetU
     assert "no films at all0" in log and log.count("$ ") == 2, "the log keeps both attempts"
 
 
+RUNS_ELSEWHERE = f"sys.exit('error: {jobs.BUSY} in x (process 77 on host)')"
+
+
+def test_a_cell_running_elsewhere_has_not_failed(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:
+    """A killed sweep leaves its runs to go on. At the end, it is read again."""
+    stand_in(f"if options['seed'] == '1': {RUNS_ELSEWHERE}")
+    grid: Any = {"types": "text", "ratios": "0.5"}
+    assert sweep.grid(**grid) == 0
+    said = capsys.readouterr()
+    assert "[2/2] s_text_0.5_seed1: running elsewhere: process 77 on host (" in said.err
+    assert "later:\n  s_text_0.5_seed1: process 77 on host\n" in said.out and "failed" not in said.out
+    assert [(row["complete"], row["failed"], row["open"]) for row in sweep.table()] == [("1", "0", "1")]
+    other = "shutil.copytree(folder, parent.parent / 's_text_0.5_seed1' / 'version_9')"
+    result = '{"metrics": {"f1_macro": 0.5}}'
+    stand_in(
+        f"if options['seed'] == '1': {RUNS_ELSEWHERE}\n"
+        f"(folder / 'test_results.json').write_text('{result}')\n"
+        f"if options['seed'] == '2': {other}"
+    )
+    assert sweep.grid(seeds="[0,1,2]", **grid) == 0
+    assert "running elsewhere" not in capsys.readouterr().out
+    assert [(row["complete"], row["failed"], row["open"]) for row in sweep.table()] == [("3", "0", "0")]
+
+
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
@@ -595,6 +619,16 @@ def test_an_interrupted_trial_is_resumed(sweep: Sweep, scores: SetUp, capsys: Ca
     trials = sweep.table("search.csv")
     assert [trial["state"] for trial in trials] == ["complete"] * 4
     assert trials[2]["folder"] == str(sweep.folder / "s_trial_2_seed0" / "version_1")
+
+
+def test_a_trial_running_elsewhere_is_read_later(sweep: Sweep, scores: SetUp, capsys: Captured) -> None:
+    scores(f"if 'trial_1' in options['exp_name']: {RUNS_ELSEWHERE}")
+    assert sweep.run(*SPACE, "search_trials=3") == 0
+    assert [trial["state"] for trial in sweep.table("search.csv")] == ["complete", "cut off", "complete"]
+    assert "s_trial_1_seed0: process 77 on host\n" in capsys.readouterr().out
+    scores("")
+    assert sweep.run(*SPACE, "search_trials=3") == 0
+    assert [trial["state"] for trial in sweep.table("search.csv")] == ["complete"] * 3
 
 
 def test_failed_trials_are_recorded_and_the_search_goes_on(sweep: Sweep, scores: SetUp, capsys: Captured) -> None:

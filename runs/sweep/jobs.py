@@ -25,6 +25,8 @@ log = logging.getLogger("rep")
 
 JOURNAL = "optuna.journal"
 """Optuna's record of a search, in the folder of its sweep."""
+BUSY = "resume_from=auto: another process runs this training"
+"""Start of a run's error if its training is in progress elsewhere, for instance since a killed sweep started it."""
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 PATIENCE_S, POLL_S = 60.0, 0.5
 """Seconds that a run gets to stop before it is killed; seconds between checks on running jobs."""
@@ -83,7 +85,9 @@ Outcomes = Generator[tuple[Job, Outcome]]
 
 
 class Progress:
-    """Logs a line for each run that ends, with its time and an estimate of the time left; collects failed runs.
+    """Logs a line for each run that ends, with its time and an estimate of the time left.
+
+    Collects failed runs, and those that another process is running.
 
     Args:
         total: total number of runs in the sweep.
@@ -95,6 +99,7 @@ class Progress:
         self.done = complete
         self.ended = 0
         self.failed: list[tuple[Job, str]] = []
+        self.elsewhere: list[tuple[Job, str]] = []
         self._began = time.monotonic()
 
     def report(self, job: Job, outcome: Outcome, words: str) -> None:
@@ -102,16 +107,26 @@ class Progress:
         self.ended += 1
         if outcome.error is None:
             self.done += 1
+        elif outcome.error.startswith(BUSY):
+            holder = re.search(r"process \d+ on .*(?=\)$)", outcome.error)
+            self.elsewhere.append((job, holder[0] if holder else "another process"))
+            words = f"running elsewhere: {self.elsewhere[-1][1]}"
         else:
             self.failed.append((job, outcome.error))
             words = f"failed: {outcome.error}"
-        place = self.done + len(self.failed)
+        place = self.done + len(self.failed) + len(self.elsewhere)
         per_run = (time.monotonic() - self._began) / self.ended
         rest = f"; about {duration((self.total - place) * per_run)} left" if place < self.total else ""
         log.info("[%d/%d] %s: %s (%s%s)", place, self.total, job.name, words, duration(outcome.seconds), rest)
 
     def end(self, failed: str) -> None:
-        """Prints the failed runs, each with its last error and its log; raises SweepError if there are any."""
+        """Prints the runs still running elsewhere, and the failed ones with their last error and log.
+
+        Raises:
+            SweepError: runs failed.
+        """
+        if elsewhere := [f"  {job.name}: {holder}\n" for job, holder in self.elsewhere if job.result is None]:
+            print(f"running elsewhere; the same command reads their results later:\n{''.join(elsewhere)}")
         if self.failed:
             listed = "\n".join(f"  {job.name}: {error}\n    {job.log}" for job, error in self.failed)
             print(f"failed:\n{listed}\n")

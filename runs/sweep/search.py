@@ -27,7 +27,7 @@ from config import Options
 from runs.check_options import check, is_range, is_range_of_steps
 from runs.command_line import written
 from runs.run_reader import open_checkpoint
-from runs.sweep.jobs import JOURNAL, Job, Outcome, Progress, run_command
+from runs.sweep.jobs import BUSY, JOURNAL, Job, Outcome, Progress, run_command
 from runs.sweep.launchers import Launcher
 
 log = logging.getLogger("rep")
@@ -147,7 +147,9 @@ class Search:
         for number, values in self._proposals():
             job, words = self._job(number, values), ""
             score, outcome = self._try(job, values, launch)
-            if score is None:
+            if score is None and (outcome.error or "").startswith(BUSY):
+                pass  # remains cut off, to be resumed by a later call
+            elif score is None:
                 self.study.tell(number, state=TrialState.FAIL)
             else:
                 self.study.tell(number, score)

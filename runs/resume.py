@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from clip.backbone import FrozenWeights
-from common.errors import CheckpointError, DataError, UserError
+from common.errors import CheckpointError, ConfigError, DataError, UserError
 from common.locks import locked
 from common.messages import first_line
 from common.strict_json import read_json
@@ -22,7 +22,7 @@ from engine.checkpoint_file import check_intact
 from engine.contents import CONTENTS_FILE, OF_TEST, other_contents
 from runs.comparable import BY_CONTENT, NOT_THE_TRAINING
 from runs.option_readers import PRECISIONS
-from runs.run_reader import flat_options, trained_so_far
+from runs.run_reader import as_written_by_run, flat_options, open_checkpoint, trained_so_far
 from runs.sweep.jobs import BUSY
 from vilt.datasets.arrow_dataset import ArrowDataset
 
@@ -149,6 +149,19 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     processes = config["num_nodes"] * (config["num_gpus"] or config["cpu_processes"])
     batch = {"samples per batch": config["per_gpu_batchsize"] * processes}
     return flat_options(json.loads(json.dumps(dict(config), default=str))) | batch
+
+
+def check_length(checkpoint: Path, max_epoch: int, max_steps: int | None) -> None:
+    """Raises ConfigError if the run of `checkpoint` has already trained for more than this."""
+    last = open_checkpoint(checkpoint, "MissingModalityData", "global_step")
+    with as_written_by_run(checkpoint):
+        position = last["MissingModalityData"]
+        begun = int(position["epoch"]) + (position.get("batches", 0) > 0)
+        steps = int(last["global_step"])
+    for name, limit, trained in (("max_epoch", max_epoch, begun), ("max_steps", max_steps, steps)):
+        if limit is not None and trained > limit:
+            reached = f"the number that resume_from={checkpoint} has trained"
+            raise ConfigError(f"{name}: expected at least {trained}, {reached}; found {limit}")
 
 
 def differing_options(there: ModelSpec, here: ModelSpec) -> str:

@@ -58,7 +58,7 @@ from engine.teacher import soft_labels
 from engine.trainer import make_trainer
 from engine.training import MINUS_LOSS, FinetuneModule, model_input
 from runs.evaluation import backbone_choice, check_measurable, open_data, test
-from runs.resume import check_resume, differing_options, find_progress, log_differences, training_lock
+from runs.resume import check_length, check_resume, differing_options, find_progress, log_differences, training_lock
 from runs.run_reader import as_written_by_run
 from runs.start import commit, config_content, log_device, log_remarks, start_folder
 from runs.targets import as_trained
@@ -203,6 +203,7 @@ def train_from(
     if options.resume_from is not None:
         resumed = read_checkpoint(Path(options.resume_from))
         check_resume(resumed, spec, backbone, inputs.fingerprint, train_data, contents)
+        check_length(resumed.path, options.max_epoch, options.max_steps)
         options = as_trained(options, [resumed], given)
         load_saved_state(classifier, resumed.state, f"resume_from={resumed.path}")
         log_differences(resumed.path, config_content(options, custom))

@@ -334,6 +334,18 @@ def test_code_in_the_checkpoints_of_listed_runs_does_not_run(workspace, tmp_path
     assert not marker.exists()
 
 
+@pytest.mark.parametrize(("option", "trained"), [("max_epoch=1", 2), ("max_steps=3", 12)])
+def test_a_run_trained_longer_than_asked_is_not_resumed(workspace, fitted, tmp_path, capsys, option, trained):
+    """Before there is a folder."""
+    name, _, limit = option.partition("=")
+    path = fitted / "last.ckpt"
+    options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", option, f"resume_from={path}")
+    assert command_line(workspace.command(*options)) == 2
+    reached = f"the number that resume_from={path} has trained"
+    assert error_of(capsys) == f"error: {name}: expected at least {trained}, {reached}; found {limit}"
+    assert not any(tmp_path.iterdir())
+
+
 def without(*names: str) -> Callable[[dict[str, Any]], object]:
     return lambda content: [content.pop(name) for name in names]
 

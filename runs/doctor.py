@@ -32,7 +32,7 @@ from config import Options
 from engine.families import family_of
 from runs.check_options import check_together, resolve
 from runs.evaluation import backbone_choice
-from runs.start import remarks, samples_of_epoch
+from runs.start import remark_on_validation, remarks, samples_of_epoch
 from runs.training import starting_point, train_from
 from vilt.datamodules import split_patterns
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -179,6 +179,8 @@ class Doctor:
             remarks.append(f"the published split has {' or '.join(f'{rows:,}' for rows in published)} rows")
         if absent := data.absent_classes():
             remarks.append(f"{len(absent)} of {len(names)} classes do not occur: {listed(absent)}")
+        if split == "val" and (remark := remark_on_validation(data)):
+            remarks.append(remark)
         if self.inputs is not None and self.inputs.tokenize is not None:
             data.tokenize(self.inputs.tokenize, self.inputs.fingerprint)
         self.datasets[split] = data

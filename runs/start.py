@@ -30,7 +30,7 @@ from engine.tasks import counts_as_published
 from runs.experiment import EX
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM, CustomData
-from vilt.datasets.specs import DatasetSpec
+from vilt.datasets.specs import DatasetSpec, Split
 from vilt.datasets.subsequences import subsequences
 
 log = logging.getLogger("rep")
@@ -81,17 +81,28 @@ def log_device(options: Options) -> None:
 
 
 @rank_zero_only
-def log_remarks(options: Options, training: ArrowDataset) -> None:
+def log_remarks(options: Options, datasets: Mapping[Split, ArrowDataset]) -> None:
     """Logs `remarks` and classes without samples as warnings, and how the last step counts if that is as published."""
+    training = datasets["train"]
     dataset, samples = training.spec, samples_of_epoch(options, training)
     absent = [] if options.prompt_type in PRETRAINING else training.absent_classes()
     never = [f"{training.path}: no sample is of class {listed(absent)}, which cannot be learned"] if absent else []
+    if options.prompt_type not in PRETRAINING and (remark := remark_on_validation(datasets["val"])):
+        never.append(f"{datasets['val'].path}: {remark}")
     for remark in [*never, *remarks(options, dataset, samples)]:
         log.warning("warning: %s", remark)
     rest = samples % (options.processes * options.per_gpu_batchsize * options.accumulation)
     if options.accumulation > 1 and rest and counts_as_published(dataset):
         text = "the last step of an epoch has only %s, but its loss is divided as in a complete step, as published"
         log.info(text, counted(rest, "sample"))
+
+
+def remark_on_validation(validation: ArrowDataset) -> str | None:
+    """A warning if the validation split has samples of one class only; None otherwise."""
+    if (name := validation.only_class()) is None or validation.spec.monitor == "auroc":  # undefined, and refused
+        return None
+    best = f"the best model by val/{validation.spec.monitor} is the one that predicts it most often"
+    return f"all samples are of class {name!r}, so {best}"
 
 
 def samples_of_epoch(options: Options, training: ArrowDataset) -> int:

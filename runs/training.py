@@ -186,7 +186,7 @@ def train_from(
     pl.seed_everything(options.seed, workers=True, verbose=False)
     family, custom = family_of(options.task), data.spec.custom
     if not options.fast_dev_run:
-        log_remarks(options, data.datasets["train"])
+        log_remarks(options, data.datasets)
     task = task_of(options.task, custom)
     check_measurable(data, task)
     spec = ModelSpec(options.task, options.method(), backbone.architecture, options.head, custom)

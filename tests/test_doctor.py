@@ -111,6 +111,15 @@ def test_only_an_unpublished_dataset_size_is_remarked_on(examine, monkeypatch, a
     assert "published" not in examine(data_root=arrow).text["train data"]
 
 
+def test_a_validation_split_of_one_class_is_remarked_on(examine: Examine, tmp_path: Path) -> None:
+    write_labelled(tmp_path / "raw", {"train": 8, "val": 1, "test": 6}, ["cat", "dog"], metric="accuracy")
+    assert convert(tmp_path / "raw", tmp_path / "own") == 0
+    found = examine(data_root=tmp_path / "own", task="custom")
+    remark = "all samples are of class 'cat', so the best model by val/accuracy is the one that predicts it most often"
+    assert found.status == 0 and found.level["val data"] == "warn" and found.text["val data"].endswith(remark)
+    assert "best model" not in found.text["test data"]
+
+
 def damage_label(path: Path) -> None:
     labels = column(path, "label")
     labels[7][2] = 3

@@ -48,6 +48,14 @@ def refused(workspace: Workspace, capsys: Captured, data: Path, *options: str) -
     return capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_validation_split_of_one_class_is_remarked_on(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:
+    write_labelled(tmp_path, ROWS | {"val": 1}, ["cat", "dog"], metric="accuracy")
+    assert convert(tmp_path, tmp_path / "arrow") == 0
+    workspace.train("one_class", "max_epoch=1", task="custom", data_root=tmp_path / "arrow", log_dir=tmp_path)
+    expected = f"warning: {tmp_path / 'arrow' / 'custom_val.arrow'}: all samples are of class 'cat', so the best"
+    assert expected in capsys.readouterr().err
+
+
 def test_naturally_missing_inputs_count_in_training_and_evaluation(workspace: Workspace, tmp_path: Path) -> None:
     """They count like simulated ones, which are added to them, and have results of their own."""
     write_labelled(tmp_path, ROWS, ["cat", "dog"])

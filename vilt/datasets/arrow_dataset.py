@@ -256,6 +256,12 @@ class ArrowDataset(Dataset[Sample]):
         occurs: Any = labels.any(axis=0) if labels.ndim == 2 else np.isin(classes, labels)
         return [name for name, found in zip(self.class_names(), occurs, strict=True) if not found]
 
+    def only_class(self) -> str | None:
+        """Name of the class of all rows, if only one occurs."""
+        absent = self.absent_classes()
+        occurring = [name for name in self.class_names() if name not in absent]
+        return occurring[0] if absent and len(occurring) == 1 else None
+
     def tokenize(self, tokenize: Tokenize, fingerprint: str, windows: int = 1) -> None:
         """Computes the token ids of all texts and caches them next to the arrow file, keyed by texts and fingerprint.
 

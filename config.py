@@ -302,8 +302,7 @@ class Options:
         """The options that define the slots of the towers."""
         from clip.modules.method import MethodOptions
 
-        names = {each.name for each in fields(MethodOptions)} & OPTIONS.keys()
-        return MethodOptions(**{name: getattr(self, name) for name in names})
+        return MethodOptions(**{each.name: getattr(self, each.name) for each in fields(MethodOptions)})
 
     def data_settings(self) -> "DataSettings":
         """The options that the loaders need."""

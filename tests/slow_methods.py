@@ -141,6 +141,8 @@ def method_slots(
             for for_image, for_text in prompts:
                 by_type = (for_image + for_text, for_image, for_text)
                 tower_slots.replaced.append(by_type[missing_type])
+        elif prompt_type not in ("map_input", "map_attention"):
+            raise NotImplementedError(f"{prompt_type}: expected its slow version here, in method_slots of {__file__}")
         else:
             assert prompts is not None
             for block_prompts in prompts:

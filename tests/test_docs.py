@@ -1,16 +1,22 @@
 """The documentation: options match config.py, links have targets, and the README links to every page."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import config
+from clip.modules import method
 from clip.modules.coop import CoOp
 from clip.modules.interfaces import Place
 from clip.modules.method import MethodOptions
+from common.errors import ConfigError
+from runs.check_options import resolve
 from runs.options_page import PAGE, page
+from tests.conftest import Patch
 from tests.models import model_input, tiny_batch
 
 ROOT = Path(__file__).parents[1]
@@ -38,9 +44,29 @@ def test_every_link_has_a_target(path: Path) -> None:
             assert anchor in [re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles], link
 
 
+def examples() -> list[str]:
+    """The code in docs/extending.md."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text("utf-8"), re.DOTALL)
+
+
+def test_the_example_option_works(monkeypatch: Patch) -> None:
+    """Its row and its field are matched by name; its value reaches the method."""
+    field_line, row_line = examples()[1].splitlines()
+    scope: dict[str, Any] = vars(config) | {"MethodOptions": MethodOptions}
+    for name, base, line in (("Field", "MethodOptions", field_line), ("Row", "Options", row_line)):
+        exec(f"@dataclass(frozen=True)\nclass {name}({base}):\n{line}\n", scope)
+    monkeypatch.setattr(method, "MethodOptions", scope["Field"])
+    values = vars(resolve({**config.DEFAULTS, "task": "mmimdb"}))
+    assert scope["Row"](**values, prompt_std=0.5).method().prompt_std == 0.5
+    row = next(each.metadata["option"] for each in fields(scope["Row"]) if each.name == "prompt_std")
+    assert row.read("prompt_std", 1) == 1 and row.kind == config.MODEL
+    with pytest.raises(ConfigError, match="prompt_std: expected a number of at least 0"):
+        row.read("prompt_std", -1)
+
+
 def test_the_example_method_works() -> None:
     """It is self-contained and gives the same slots as the real method of that name."""
-    example = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text("utf-8"), re.DOTALL)[0]
+    example = examples()[0]
     scope: dict[str, Any] = {}
     exec(example, scope)
     torch.manual_seed(0)

@@ -123,6 +123,12 @@ def test_outputs_and_gradients_equal_the_slow_version(variant: str) -> None:
             assert float((grad - slow_grad).norm()) <= 1e-8 * (1 + float(slow_grad.norm())), (name, mix)
 
 
+def test_a_method_without_a_slow_version_is_told_where_it_belongs() -> None:
+    state = published_state(make("coop"))
+    with pytest.raises(NotImplementedError, match=r"^mine: expected its slow version here, in method_slots of "):
+        slow_methods.features(state, "mine", *(one[0] for one in double_batch(1)), 0)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_batches_padded_to_few_shapes_give_the_same_results(variant: str, monkeypatch: Patch) -> None:
     """On a GPU inputs are added to a batch and dropped again: outputs, losses and gradients are the same."""

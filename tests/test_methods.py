@@ -124,9 +124,9 @@ def test_outputs_and_gradients_equal_the_slow_version(variant: str) -> None:
 
 
 def test_a_method_without_a_slow_version_is_told_where_it_belongs() -> None:
-    state = published_state(make("coop"))
+    images, tokens = double_batch(1)
     with pytest.raises(NotImplementedError, match=r"^mine: expected its slow version here, in method_slots of "):
-        slow_methods.features(state, "mine", *(one[0] for one in double_batch(1)), 0)
+        slow_methods.features(published_state(make("coop")), "mine", images[0], tokens[0], 0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

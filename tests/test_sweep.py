@@ -230,7 +230,7 @@ def test_options_of_the_sweep_in_a_file_stay_out_of_its_runs(sweep, stand_in, tm
     assert set(sweep.versions()) == {f"s_memory_depth-{depth}_text_0.5_seed5" for depth in (1, 2)}
     words = sweep.arguments("s_memory_depth-1_text_0.5_seed5")
     assert "rep_described" in words and str(file) not in words
-    asked = read_command_line(words, ["main"])
+    asked = read_command_line(words, {"main": None})
     assert not any(map(is_of_sweep, asked.chosen)) and asked.updates["learning_rate"] == 0.003
     write_json(file, {"learning_rate": 0.003})
     assert sweep.run(*options, "sweep_launcher=commands", "sweep_over.memory_depth=[1,2]", "sweep_seeds=[6]") == 0
@@ -242,7 +242,7 @@ def test_a_search_in_a_file(sweep: Sweep, scores: SetUp, tmp_path: Path) -> None
     file = tmp_path / "mine.json"
     write_json(file, {"search": {"memory_length": [3, 6]}, "search_trials": 2})
     assert sweep.run(str(file)) == 0
-    assert not any(map(is_of_sweep, read_command_line(sweep.arguments("s_trial_0_seed0"), ["main"]).chosen))
+    assert not any(map(is_of_sweep, read_command_line(sweep.arguments("s_trial_0_seed0"), {"main": None}).chosen))
 
 
 def test_other_options_under_the_same_name_are_refused(sweep: Sweep, stand_in: SetUp, capsys: Captured) -> None:

@@ -24,7 +24,9 @@ PYTHON_INTERFACE = Path("runs", "python_interface.py")
 
 def under_rep(source: str) -> str:
     """Prefixes `rep.` to this repository's packages in a module's imports and in strings such as
-    "clip.modules.coop:CoOp"."""
+    "clip.modules.coop:CoOp". Help and messages name the command `rep` instead of scripts of the checkout."""
+    source = re.sub(r"\b(python )?make_arrow\.py\b", "rep convert", source).replace('"python", "run.py"', '"rep"')
+    source = re.sub(r"\b(python )?run\.py\b(?!\")", "rep", source)  # except the name of the file itself
     source = re.sub(rf"^(\s*)(from|import) ({OWN})(?=[. ])", r"\1\2 rep.\3", source, flags=re.MULTILINE)
     lines = source.splitlines(keepends=True)
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))

@@ -10,6 +10,7 @@ In a checkout, import these functions from this module. Heavy modules are import
 """
 
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,17 +20,26 @@ from common.errors import ConfigError
 from config import DEFAULTS, OPTIONS
 
 if TYPE_CHECKING:
+    from engine.predict import load_model
     from engine.robustness import Results
+    from vilt.convert import convert
 
+__all__ = ["convert", "load_model", "robustness"]
 ELSEWHERE = {"load_model": "engine.predict", "convert": "vilt.convert"}
 MEANINGS = {"train": (), "test": ("test_only=True",)}
 """Commands of `rep` for which run.py needs none, with the options that they add."""
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("rep-missing-modality")
     if name not in ELSEWHERE:
         raise AttributeError(f"{__name__}: expected one of {', '.join([*ELSEWHERE, 'robustness'])}, found {name}")
     return getattr(importlib.import_module(ELSEWHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 def robustness(load_path: str | Path, **options: Any) -> "list[Results]":
@@ -60,6 +70,7 @@ def main() -> int:
     if command == "convert":
         from make_arrow import main as convert
 
+        sys.argv[0] = "rep convert"  # for its usage
         return convert(words)
     from run import command_line
 

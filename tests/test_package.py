@@ -17,6 +17,7 @@ USE = """
 import sys
 import clip, rep
 assert clip.tokenize(["a"]) == "tokens of the other clip" and "torch" not in sys.modules
+assert dir(rep) == ["__version__", "convert", "load_model", "robustness"] and rep.__version__ == "1.0.0"
 model = rep.load_model(sys.argv[1])
 assert [found.missing for found in model.predict(texts=["A train.", "A ghost."])] == ["image missing"] * 2
 found, = rep.robustness(sys.argv[1], bootstrap=0, robustness_seeds=[0], robustness_ratios=[0.5], num_workers=0)
@@ -42,6 +43,23 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "site" / "clip").mkdir()
     (folder / "site" / "clip" / "__init__.py").write_text(STAND_IN)
     return folder / "site"
+
+
+def test_help_and_errors_name_the_command(site: Path, tmp_path: Path) -> None:
+    """The scripts of a checkout are not installed."""
+    commands = [["--help"], ["sweep", "--help"], ["convert", "--help"], ["train"], ["train", "with", "seeed=1"]]
+    commands += [["train", "with", "task_finetune_mmimdb", "data_root=nowhere"]]
+    said = ""
+    for words in commands:
+        command = [str(site / "bin" / "rep"), *words]
+        environment = {**os.environ, "PYTHONPATH": str(site)}
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        said += result.stdout + result.stderr
+    for fact in ("`rep COMMAND --help`", "rep sweep with name=value", "usage: rep convert [-h] --dataset"):
+        assert fact in said, said
+    for fact in ("as in `rep with task_", "`rep print_config` lists", "`rep convert --dataset mmimdb --root RAW"):
+        assert fact in said, said
+    assert "run.py" not in said and "make_arrow" not in said
 
 
 def test_an_installed_rep_works_alongside_another_clip(workspace: Workspace, site: Path, tmp_path: Path) -> None:

@@ -221,6 +221,16 @@ def test_missing_files_are_reported(tmp_path: Path) -> None:
     assert not (tmp_path / "report" / "figures").exists()
 
 
+@pytest.mark.parametrize(
+    ("program", "shown"), [("/code/run.py", "python run.py"), ("/site/bin/rep", "rep"), ("-m", "python -m")]
+)
+def test_the_command_of_a_run(tmp_path: Path, program: str, shown: str) -> None:
+    run = write_run(tmp_path / "a_seed0" / "version_0")
+    edited(run, "environment.json", command=[program, "train", "with", "seed=1"])
+    [found] = read_report_runs([tmp_path])
+    assert found.command == f"{shown} train with seed=1"
+
+
 def test_a_failed_run_is_said_to_have_failed(tmp_path: Path) -> None:
     """No command evaluates a run without a checkpoint."""
     run = write_run(tmp_path / "a_seed0" / "version_0", tested=None)

@@ -99,7 +99,8 @@ class ReportRun(Run):
         if self.environment is None:
             return ""
         program, *arguments = self.environment["command"]
-        return shlex.join(["python", Path(program).name, *arguments])
+        name = Path(program).name
+        return shlex.join([*([] if name == "rep" else ["python"]), name, *arguments])
 
     @cached_property
     def backbone(self) -> str | None:

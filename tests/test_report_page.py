@@ -226,7 +226,7 @@ def test_missing_files_are_reported(tmp_path: Path) -> None:
 )
 def test_the_command_of_a_run(tmp_path: Path, program: str, shown: str) -> None:
     run = write_run(tmp_path / "a_seed0" / "version_0")
-    edited(run, "environment.json", command=[program, "train", "with", "seed=1"])
+    edit_json(run, "environment.json", command=[program, "train", "with", "seed=1"])
     [found] = read_report_runs([tmp_path])
     assert found.command == f"{shown} train with seed=1"
 

@@ -342,7 +342,7 @@ def test_a_run_trained_longer_than_asked_is_not_resumed(workspace, fitted, tmp_p
     options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", option, f"resume_from={path}")
     assert command_line(workspace.command(*options)) == 2
     reached = f"the number that resume_from={path} has trained"
-    assert error_of(capsys) == f"error: {name}: expected at least {trained}, {reached}; found {limit}"
+    assert error_line(capsys) == f"error: {name}: expected at least {trained}, {reached}; found {limit}"
     assert not any(tmp_path.iterdir())
 
 

@@ -215,7 +215,7 @@ def test_the_named_ablation_trains_its_four_cells(sweep: Sweep, configs: tuple[s
     assert rows == [(far, fmb, "1") for far in ("False", "True") for fmb in ("False", "True")]
     described = "rep_described" in configs
     for far, fmb, _ in rows:
-        config = json_of(sweep.folder / f"s_far-{far}_fmb-{fmb}_both_0.5_seed0" / "version_0" / "config.json")
+        config = read_json(sweep.folder / f"s_far-{far}_fmb-{fmb}_both_0.5_seed0" / "version_0" / "config.json")
         assert (config["far"], config["fmb"]) == (far == "True", fmb == "True") and not config["sweep_over"]
         assert bool(config["replay_depth"]) == (described and config["far"])
         assert (bool(config["decoupling_weight"]), config["dynamic_init"]) == (described and config["fmb"],) * 2

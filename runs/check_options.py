@@ -164,8 +164,8 @@ def check_together(options: Options) -> None:
     frozen = family == VLA and options.prompt_type not in TRAIN_BACKBONES
     if frozen and options.load_path is None and options.vit.startswith("random"):
         raise ConfigError(
-            "load_path: expected a checkpoint of task_pretrain_mosei, whose layers stay frozen, found none; "
-            "prompt_type=full trains all layers without one"
+            "load_path: expected a checkpoint of stage 1, whose layers stay frozen: of task_pretrain_mosei, or of your "
+            "own data with prompt_type=full missing_ratio=0 simulate_missing=False, which trains all layers; found none"
         )
     if options.end_lr >= options.learning_rate:
         highest = f"learning_rate={options.learning_rate:g}"

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,21 @@ def measured(trained: Path, root: Path) -> Path:
     options.append("robustness_types=[some,text,audio+text]")
     assert command_line(command(root, f"load_path={trained / 'best.ckpt'}", *options, name="robustness")) == 0
     return trained / "robustness"
+
+
+def test_both_stages_on_data_of_ones_own(root: Path, tmp_path: Path) -> None:
+    """As docs/vla.md has them, without MOSEI."""
+    converted = ["--dataset", "vla", "--root", str(root / "mosi.pkl"), "--target", str(root / "own")]
+    assert make_arrow.main(converted) == 0
+    text = (Path(__file__).parents[1] / "docs" / "vla.md").read_text("utf-8")
+    commands = re.findall(r"python run.py with (task_finetune_vla .*)", text)
+    assert len(commands) == 2
+    sizes = ("network.width=8", "network.heads=2", "network.layers=2"), ("memory_length=6", "memory_depth=2")
+    for words, own in zip(commands, sizes, strict=True):
+        words = words.replace("datasets/own", str(root / "own")).replace("result/", f"{tmp_path}/")
+        assert command_line(["run.py", "with", *words.split(), *command(root)[4:], *own, f"log_dir={tmp_path}"]) == 0
+    taken = (tmp_path / "rep_seed0" / "version_0" / "taken_over.txt").read_text()
+    assert "taken over\t" in taken
 
 
 def test_the_card_of_a_regression_model_has_no_classes(trained: Path, tmp_path: Path) -> None:
@@ -245,7 +261,7 @@ def test_full_fine_tuning_starts_from_stage_one(root: Path, pretrained: Path, ca
 
 
 WRONG: list[tuple[tuple[str, ...], str]] = [
-    (("prompt_type=rep", "load_path=None"), "load_path: expected a checkpoint of task_pretrain_mosei"),
+    (("prompt_type=rep", "load_path=None"), "load_path: expected a checkpoint of stage 1, whose"),
     (("prompt_type=dcp",), "prompt_type: expected rep or mplmm or mplmm_described or none or full"),
     (("missing_type=image",), "any or some, or several as text+audio, found 'image'"),
     (("network.width=16",), "network.width: expected 8"),

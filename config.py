@@ -98,7 +98,7 @@ class Options:
         "share of samples that lose a modality; a single number sets all splits")
     missing_type: dict[Split, str] = option(
         BOTH_EVERYWHERE, MissingTypeReader(partial(by_key, SPLITS), BOTH_EVERYWHERE, ANY), DATA,
-        "text, image or both; other modalities: names (text, text+audio), any or some; one word sets all splits")
+        "a modality, or both; of three or more: several (text+audio), any (one) or some; one word sets all splits")
     both_ratio: float = option(
         0.5, number(0, 1), DATA,
         "with type both: share of incomplete samples that lose the first modality (image, seismic), not the second")

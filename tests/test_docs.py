@@ -14,7 +14,7 @@ from clip.modules.coop import CoOp
 from clip.modules.interfaces import Place
 from clip.modules.method import MethodOptions
 from common.errors import ConfigError
-from runs.check_options import resolve
+from runs.check_options import is_range, resolve
 from runs.options_page import PAGE, page
 from tests.conftest import Patch
 from tests.models import model_input, tiny_batch
@@ -62,6 +62,14 @@ def test_the_example_option_works(monkeypatch: Patch) -> None:
     assert row.read("prompt_std", 1) == 1 and row.kind == config.MODEL
     with pytest.raises(ConfigError, match="prompt_std: expected a number of at least 0"):
         row.read("prompt_std", -1)
+
+
+def test_the_ranges_of_a_search_are_listed() -> None:
+    """In docs/sweeps.md: the options whose two values in a search are the ends of a range."""
+    text = (ROOT / "docs" / "sweeps.md").read_text("utf-8")
+    [listed] = re.findall(r"ends of a range, .*? for (.*?)\. Anything else", text, re.DOTALL)
+    varied = [name for name, each in config.OPTIONS.items() if each.kind in (config.MODEL, config.TRAINING)]
+    assert set(re.findall(r"`(\w+)`", listed)) == {name for name in varied if is_range(name, (1, 2))}
 
 
 def test_the_example_method_works() -> None:

@@ -270,6 +270,16 @@ def test_a_table_of_samples(trained, model, films, tmp_path, capsys, suffix, out
     assert f"{len(rows)} predictions, written to {target}" in said and "film 4" in said and "film 5" not in said
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "ids"),
+    [("in.csv", "text\none\n\n two\n", ["2", "4"]), ("in.jsonl", '{"text": "one"}\n{"text": "two"}\n', ["1", "2"])],
+)
+def test_without_ids_samples_are_called_by_their_lines(tmp_path: Path, file: str, content: str, ids: list[str]) -> None:
+    """As docs/evaluation.md says."""
+    (tmp_path / file).write_text(content)
+    assert [item.id for item in read_items(tmp_path / file, FILMS)] == ids
+
+
 def test_a_folder_of_images_and_texts(trained: Path, films: Films, tmp_path: Path, capsys: Captured) -> None:
     folder = tmp_path / "in"
     (folder / "more").mkdir(parents=True)

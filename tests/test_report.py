@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 from pathlib import Path
+from string import Formatter
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ from runs.report.parts import section_of
 from runs.report.results import listed_runs, read_report_runs
 from runs.report.samples import SampleGrid
 from runs.report.table import Table
-from runs.report.text import Unit
+from runs.report.text import CAPTIONS, Unit
 from tests.conftest import Patch
 from tests.report_files import (
     HOSTILE,
@@ -398,6 +399,20 @@ def test_long_training_curves_are_averaged_over_equal_parts() -> None:
     assert figures.thinned(few).to_dict() == few.to_dict()
 
 
+def test_every_caption_is_filled(tmp_path: Path) -> None:
+    """With the facts of its dataset and, under other names, those of its own."""
+    write_run(tmp_path / "run")
+    dataset = dataset_of(tmp_path)
+    shared = {"metric", "Metric", "dataset", "baselines", "conditions", "better", "unit", "points", "at_offset"}
+    for name, caption in CAPTIONS.items():
+        own = {field for _, field, _, _ in Formatter().parse(caption) if field} - shared
+        text = dataset.caption(name, **{field: f"<{field}>" for field in own})
+        assert all(f"<{field}>" in text for field in own) and not re.search(r"[{}]|\b(\w+) \1\b", text), name
+    for name in shared:
+        with pytest.raises(TypeError, match=name):
+            dataset.caption("matrix", **{name: "mine"})
+
+
 def test_training_curves_have_a_panel_per_configuration_and_a_curve_per_run(tmp_path: Path) -> None:
     for length, seed in ((6, 0), (6, 1), (12, 0)):
         write_run(tmp_path / f"{length}_{seed}", memory_length=length, seed=seed)
@@ -407,6 +422,7 @@ def test_training_curves_have_a_panel_per_configuration_and_a_curve_per_run(tmp_
     assert isinstance(shown, figures.Figure) and isinstance(loss, figures.Figure)
     assert [svg.count("fill: none; stroke: #0072b2") for _, svg in shown.panels] == [2]
     assert [len(shown.panels), len(loss.panels)] == [1, 2]
+    assert f"averaged to {figures.CURVE_POINTS} points." in shown.caption
     assert [note.text.split(":")[0] for note in part.notes] == ["Missing for R3"]
 
 

@@ -209,7 +209,7 @@ def training_figure(dataset: Dataset, column: str, title: str, factor: float) ->
         axes.set(xlabel="optimiser step", ylabel=title, ylim=bounds)
 
     panels = [Panel(line.label, partial(draw, line=line)) for line in curves]
-    name, caption = column.replace("/", "_"), dataset.caption("training", points=CURVE_POINTS, title=title)
+    name, caption = column.replace("/", "_"), dataset.caption("training", curve_points=CURVE_POINTS, title=title)
     return figure(f"{name}_{dataset.key}", title, caption, panels, 2.1)
 
 

@@ -185,14 +185,20 @@ class Dataset:
     def caption(self, name: str, **facts: object) -> str:
         """Caption of a figure or table."""
         *first, last = map(without, self.spec.type_names)
-        facts |= {"metric": self.metric_title, "Metric": capital(self.metric_title), "dataset": self.name}
-        facts |= {"baselines": self.baseline_text, "conditions": f"{', '.join(first)}, or {last}"}
-        facts |= {"better": "lower" if self.spec.monitor in LOWER_IS_BETTER else "higher"}
         in_per_cent = bool(self.unit().sign)
-        facts |= {"unit": " in per cent" * in_per_cent, "points": " in percentage points" * in_per_cent}
-        chosen = " F1-macro at offset: with the threshold chosen in the run's validation instead of 1/2."
-        facts |= {"at_offset": chosen if self.decides_elsewhere else ""}
-        return CAPTIONS[name].format(**facts)
+        at_offset = " F1-macro at offset: with the threshold chosen in the run's validation instead of 1/2."
+        of_dataset = {
+            "dataset": self.name,
+            "metric": self.metric_title,
+            "Metric": capital(self.metric_title),
+            "better": "lower" if self.spec.monitor in LOWER_IS_BETTER else "higher",
+            "unit": " in per cent" * in_per_cent,
+            "points": " in percentage points" * in_per_cent,
+            "baselines": self.baseline_text,
+            "conditions": f"{', '.join(first)}, or {last}",
+            "at_offset": at_offset if self.decides_elsewhere else "",
+        }
+        return CAPTIONS[name].format(**of_dataset, **facts)  # a name in both is an error
 
     def order(self, found: Estimate | None) -> float:
         """Sort key for values of the metric: the higher the better."""

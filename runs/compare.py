@@ -19,6 +19,7 @@ from torch import Tensor
 from common.errors import ConfigError, DataError
 from common.text import AT_OFFSET, estimate, order_of
 from engine.baselines import baselines
+from engine.decision import with_offset
 from engine.sample_statistics import LEVEL, bootstrap
 from engine.significance import Difference, difference_interval, holm, permutation_p
 from engine.tasks import Task, task_of
@@ -97,9 +98,9 @@ class _Stored:
         assert results is not None and stored is not None
         self.run, self.split, self.test_set = run, stored.split, stored.test_set
         self.class_names: list[str] = results.raw["class_names"]
-        self.rows_before = results.rows_before
-        if at_offset and results.offset is not None:
-            self.split = replace(self.split, logits_TNC=self.split.logits_TNC.double() + results.offset)
+        self.rows_before, self.offset = results.rows_before, results.offset
+        if at_offset and self.offset is not None:
+            self.split = replace(self.split, logits_TNC=self.split.logits_TNC.double() + self.offset)
 
     def at(self, task: Task, tables: Sequence[np.ndarray], resamples: int) -> tuple[float, Tensor]:
         """The task's metric, averaged over tables, and its values (R,) in resamples of the test samples."""
@@ -112,6 +113,15 @@ class _Stored:
 def has_logits(run: Run) -> bool:
     """Whether a run has robustness results and their logits."""
     return logits_path(run).is_file() and logits_path(run).with_name("robustness.json").is_file()
+
+
+def values_at(run: Run, pattern: Pattern, table_seeds: tuple[int, ...]) -> dict[str, list[float]]:
+    """Every metric of a run at a pattern, with each missing table, from its stored logits."""
+    stored = _Stored(run, at_offset=False)
+    task = with_offset(task_of(run.config["task"], run.custom), stored.offset)
+    tables = _tables(stored, run.pattern, pattern, Settings(table_seeds, 0, 0))
+    found = [task.metrics(stored.split.at(table), stored.split.labels) for table in tables]
+    return {name: [metrics[name] for metrics in found] for name in task.metrics.measures}
 
 
 def compare_runs(runs: Sequence[Run], settings: Settings, *, at_offset: bool = False) -> list[Group]:

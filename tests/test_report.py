@@ -213,6 +213,30 @@ def test_only_significantly_better_results_are_bold(tmp_path: Path, worse: bool)
     assert not other["accuracy"].strong and best["difference_to_best"].absent
 
 
+def test_a_value_and_its_difference_to_the_best_are_of_the_same_missing_tables(tmp_path: Path) -> None:
+    """As where the robustness results lack the training pattern, and the own tests say otherwise than the logits."""
+    test_set = TestSet("food101")
+    for method, seed, tested in (("rep", 0, 0.1), ("rep", 1, 0.1), ("dcp", 0, 0.9), ("dcp", 1, 0.9)):
+        run = write_run(tmp_path / f"{method}{seed}", "food101", tested, prompt_type=method, seed=seed)
+        logits = test_set.logits(seed)
+        found = test_set.write(run, logits={k: v * (-1) ** (method == "dcp") for k, v in logits.items()})
+        cells = found["cells"]
+        edit_json(run, "robustness/robustness.json", cells=[cell for cell in cells if cell["ratio"] in (0, 1)])
+    [best, other, *_] = tables.comparison_table(dataset_of(tmp_path)).cells
+    assert [best["method"].text, other["method"].text] == ["REP", "DCP"]
+    [value, less] = [float(str(row["accuracy"].csv[""])) for row in (best, other)]
+    assert other["difference_to_best"].csv[""] == pytest.approx(less - value) and less < value
+    [cell] = [cell for cell in cells if (cell["missing_type"], cell["ratio"]) == ("both", 0.7)]
+    own = dataset_of(run).lines[0].at_own_pattern
+    assert own and own.mean == pytest.approx(cell["metrics"]["accuracy"]["mean"])
+    write_run(tmp_path / "maple", "food101", 0.95, prompt_type="maple")
+    *_, last = tables.comparison_table(dataset_of(tmp_path)).cells[:3]
+    assert last["method"].text == "MaPLe" and last["difference_to_best"].absent, "its own test, at another table"
+    edit_json(run, "robustness/robustness.json", table_seeds=[0, 2])
+    [best, other, *_] = tables.comparison_table(dataset_of(tmp_path)).cells
+    assert other["difference_to_best"].absent, "at other tables, too"
+
+
 def test_results_with_other_missing_tables_do_not_replace_the_runs_own(tmp_path: Path) -> None:
     """The run's own test counts instead, since it used the run's tables, drawn as published."""
     run = write_run(tmp_path / "a", missing_tables="published", tested=0.875)

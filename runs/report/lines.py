@@ -106,14 +106,20 @@ class Line:
         """The task's metric at the training pattern: mean and deviation over training seeds."""
         return self.estimate_of(self.spec.monitor)
 
+    @cached_property
+    def measured(self) -> list[ReportRun]:
+        """The runs with results at the training pattern over several missing tables. If there are any, the line's
+        result is theirs; else, it is that of the runs' own tests."""
+        return [run for run in self.runs if run.measured is not None]
+
     @property
     def n_at_own_pattern(self) -> int:
         """Number of training seeds with a result at the training pattern, including undefined results."""
-        return sum(run.at_own_pattern(self.spec.monitor) is not None for run in self.runs)
+        return sum(run.at_own_pattern(self.spec.monitor) is not None for run in self.measured or self.runs)
 
     def estimate_of(self, metric: str) -> Estimate | None:
         """Any metric at the training pattern: mean and deviation over training seeds."""
-        scores = [run.at_own_pattern(metric) for run in self.runs]
+        scores = [run.at_own_pattern(metric) for run in self.measured or self.runs]
         return estimate([score for score in scores if score is not None])
 
     def interval_at(self, pattern: Pattern) -> tuple[float, float] | None:
@@ -234,9 +240,13 @@ class Dataset:
 
     @cached_property
     def compared(self) -> dict[Pattern, list[Line]]:
-        """Lines with results at their training pattern, keyed by it, best first; empty for fewer than two variants."""
+        """Lines with results at their training pattern, keyed by it, best first; empty for fewer than two variants.
+
+        Lines that only have their runs' own tests, at other missing tables, come last.
+        """
         found = sorted(
-            (line for line in self.lines if line.at_own_pattern), key=lambda x: -self.order(x.at_own_pattern)
+            (line for line in self.lines if line.at_own_pattern),
+            key=lambda x: (not x.measured, -self.order(x.at_own_pattern)),
         )
         patterns = dict.fromkeys(line.pattern for line in self.lines if line in found)
         several = len({line.variant for line in found}) > 1
@@ -244,7 +254,8 @@ class Dataset:
 
     @cached_property
     def against_best(self) -> dict[Line, Difference]:
-        """Difference between a line and the best line of its training pattern, if both have stored logits.
+        """Difference between a line and the best line of its training pattern, if both have stored logits and the same
+        missing tables.
 
         p is corrected for the number of lines. Comparing every pair of a large report would take too long.
         """
@@ -252,9 +263,10 @@ class Dataset:
         for pattern, (best, *others) in self.compared.items():
             at, differences = ((pattern.missing_type,), (pattern.ratio,), pattern.both_ratio), {}
             for line in others:
-                results = [entry for each in (best, line) for entry in each.results if entry[0].test_set]
-                seeds = tuple(results[0][1].raw["table_seeds"]) if results else ()
-                for group in compare_runs([run for run, _ in results], Settings(seeds, RESAMPLES, PERMUTATIONS, *at)):
+                runs = [run for each in (best, line) for run in each.measured if run.test_set]
+                seeds = {tuple(run.robustness.raw["table_seeds"]) for run in runs if run.robustness}
+                settings = Settings(next(iter(seeds), ()), RESAMPLES, PERMUTATIONS, *at)
+                for group in compare_runs(runs, settings) if len(seeds) == 1 else ():
                     value, low, high, p = group.comparisons[0].difference  # best minus other, since its runs come first
                     differences[line] = Difference(-value, -high, -low, p)
             corrected = holm([each.p for each in differences.values()])

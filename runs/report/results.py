@@ -18,6 +18,7 @@ from common.strict_json import read_json
 from common.text import estimate
 from engine.exported import DESCRIPTION
 from runs.comparable import checkpoint_label
+from runs.compare import has_logits, values_at
 from runs.report.text import dataset_title, without_home
 from runs.run_reader import Run, as_written_by_run, open_checkpoint, runs_of_each
 from runs.stored_results import Robustness, StoredLogits, read_logits, read_robustness
@@ -116,12 +117,21 @@ class ReportRun(Run):
                 return PUBLISHED_BACKBONE if published else checkpoint_label(named)
             return Path(named).name if Path(named).is_absolute() else named
 
-    def at_own_pattern(self, metric: str) -> float | None:
-        """A metric at the training pattern: mean over table seeds or, without robustness results, the test result."""
+    @cached_property
+    def measured(self) -> dict[str, list[float]] | None:
+        """Every metric at the training pattern with each missing table, from the robustness results or, if these lack
+        the pattern, from the stored logits; None without either, or if tables were not drawn as in training."""
         found, published = self.robustness, self.config.get("missing_tables") == PUBLISHED
-        cell = found.cells.get(self.pattern) if found and bool(found.rows_before) == published else None
-        if cell is not None and metric in cell["metrics"]:
-            over_tables = estimate(cell["metrics"][metric]["values"])
+        if found is None or bool(found.rows_before) != published:
+            return None
+        if cell := found.cells.get(self.pattern):
+            return {metric: figures["values"] for metric, figures in cell["metrics"].items()}
+        return values_at(self, self.pattern, tuple(found.raw["table_seeds"])) if has_logits(self) else None
+
+    def at_own_pattern(self, metric: str) -> float | None:
+        """A metric at the training pattern: mean over missing tables or, if it was not measured, the test result."""
+        if self.measured is not None:
+            over_tables = estimate(self.measured.get(metric, []))
             return over_tables and over_tables.mean
         return self.tested(metric) if self.tested_at == self.pattern else None
 

@@ -183,6 +183,7 @@ def test_methods_are_compared_at_their_training_pattern(tmp_path: Path) -> None:
             edit_json(run, "test_results.json", **cost | {"training_seconds": 60.0 * (1 + seed)})
     table = tables.comparison_table(dataset_of(tmp_path))
     assert list(table.columns.values())[2:4] == ["Seeds", "F1-macro"]
+    assert "A run's value is its own test's, at the one missing table drawn with its training seed." in table.caption
     assert [row[:4] + row[-2:] for row in rows_of(table)] == [
         ["70 % both", "REP", "2", "55 ± 7", "1,234,567", "1.5"],
         ["70 % both", "MaPLe", "2", "45 ± 7", "not measured", "not measured"],
@@ -222,7 +223,9 @@ def test_a_value_and_its_difference_to_the_best_are_of_the_same_missing_tables(t
         found = test_set.write(run, logits={k: v * (-1) ** (method == "dcp") for k, v in logits.items()})
         cells = found["cells"]
         edit_json(run, "robustness/robustness.json", cells=[cell for cell in cells if cell["ratio"] in (0, 1)])
-    [best, other, *_] = tables.comparison_table(dataset_of(tmp_path)).cells
+    table = tables.comparison_table(dataset_of(tmp_path))
+    [best, other, *_] = table.cells
+    assert "mean over the missing tables of seeds 0 and 1. Diff" in table.caption and "own test" not in table.caption
     assert [best["method"].text, other["method"].text] == ["REP", "DCP"]
     [value, less] = [float(str(row["accuracy"].csv[""])) for row in (best, other)]
     assert other["difference_to_best"].csv[""] == pytest.approx(less - value) and less < value
@@ -230,8 +233,10 @@ def test_a_value_and_its_difference_to_the_best_are_of_the_same_missing_tables(t
     own = dataset_of(run).lines[0].at_own_pattern
     assert own and own.mean == pytest.approx(cell["metrics"]["accuracy"]["mean"])
     write_run(tmp_path / "maple", "food101", 0.95, prompt_type="maple")
-    *_, last = tables.comparison_table(dataset_of(tmp_path)).cells[:3]
+    table = tables.comparison_table(dataset_of(tmp_path))
+    *_, last = table.cells[:3]
     assert last["method"].text == "MaPLe" and last["difference_to_best"].absent, "its own test, at another table"
+    assert last["accuracy"].text.endswith(" (own test)") and "For lines marked as own test, it is " in table.caption
     edit_json(run, "robustness/robustness.json", table_seeds=[0, 2])
     [best, other, *_] = tables.comparison_table(dataset_of(tmp_path)).cells
     assert other["difference_to_best"].absent, "at other tables, too"
@@ -427,7 +432,18 @@ def test_every_caption_is_filled(tmp_path: Path) -> None:
     """With the facts of its dataset and, under other names, those of its own."""
     write_run(tmp_path / "run")
     dataset = dataset_of(tmp_path)
-    shared = {"metric", "Metric", "dataset", "baselines", "conditions", "better", "unit", "points", "at_offset"}
+    shared = {
+        "metric",
+        "Metric",
+        "dataset",
+        "baselines",
+        "conditions",
+        "better",
+        "unit",
+        "points",
+        "at_offset",
+        "tables",
+    }
     for name, caption in CAPTIONS.items():
         own = {field for _, field, _, _ in Formatter().parse(caption) if field} - shared
         text = dataset.caption(name, **{field: f"<{field}>" for field in own})

@@ -148,7 +148,7 @@ def comparison_figure(dataset: Dataset) -> Figure:
     bounds = limits(scale * (each.mean + sign * each.std) for each in found if each for sign in (-1, 1))
 
     def draw(axes: Axes, lines: Sequence[Line]) -> None:
-        side_labels(axes, [line.variant for line in lines])
+        side_labels(axes, [line.variant + dataset.marked(line) for line in lines])
         for place, line in enumerate(lines):
             if own := line.at_own_pattern:
                 axes.errorbar(

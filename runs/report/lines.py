@@ -203,8 +203,25 @@ class Dataset:
             "baselines": self.baseline_text,
             "conditions": f"{', '.join(first)}, or {last}",
             "at_offset": at_offset if self.decides_elsewhere else "",
+            "tables": self.tables_text,
         }
         return CAPTIONS[name].format(**of_dataset, **facts)  # a name in both is an error
+
+    @cached_property
+    def tables_text(self) -> str:
+        """The missing tables of the results at training patterns, as a sentence."""
+        lines = [line for line in self.lines if line.at_own_pattern]
+        seeds = [run.robustness.raw["table_seeds"] for line in lines for run in line.measured if run.robustness]
+        known = " or ".join(dict.fromkeys(listed([str(seed) for seed in each]) for each in seeds))
+        measured = f" A run's value is its mean over the missing tables of seeds {known}."
+        if all(line.measured for line in lines):
+            return measured if lines else ""
+        test = "its own test's, at the one missing table drawn with its training seed"
+        return f"{measured} For lines marked as own test, it is {test}." if seeds else f" A run's value is {test}."
+
+    def marked(self, line: Line) -> str:
+        """` (own test)` for a line whose value is that of its runs' own tests if others' values are not."""
+        return " (own test)" if not line.measured and any(other.measured for other in self.lines) else ""
 
     def order(self, found: Estimate | None) -> float:
         """Sort key for values of the metric: the higher the better."""

@@ -79,7 +79,7 @@ def comparison_table(dataset: Dataset) -> Table:
     for line in (line for lines in dataset.compared.values() for line in lines):
         own, found = mean_std(line.at_own_pattern, unit), dataset.against_best.get(line)
         row: Row = {"trained_at": line.pattern.title, "method": line.variant, "seeds": line.n_at_own_pattern}
-        row[metric] = replace(own, strong=dataset.is_significantly_best(line))
+        row[metric] = replace(own, text=own.text + dataset.marked(line), strong=dataset.is_significantly_best(line))
         if dataset.decides_elsewhere:
             row[AT_OFFSET] = mean_std(line.estimate_of(AT_OFFSET), dataset.unit(AT_OFFSET))
         row["difference_to_best"] = difference(found.value, unit, found[1:3]) if found else NOT_APPLICABLE
@@ -186,7 +186,8 @@ def ours_table(dataset: Dataset) -> Table:
                 continue
             row: Row = {"trained_at": line.pattern.title, "method": line.variant}
             row["training_seeds"] = line.n_at_own_pattern
-            row["ours"] = mean_std(ours, dataset.unit())
+            cell = mean_std(ours, dataset.unit())
+            row["ours"] = replace(cell, text=cell.text + dataset.marked(line))
             row |= {"published": NOT_APPLICABLE, "difference": absent("not published")}
             if theirs := by_method.get(method_title(line.runs[0])):
                 row["published"] = Cell(f"{theirs['value']:.2f}", {"": theirs["value"]})

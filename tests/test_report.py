@@ -212,6 +212,31 @@ def test_only_significantly_better_results_are_bold(tmp_path: Path, worse: bool)
     assert other["difference_to_best"].csv[""] == pytest.approx(100 * (means[1] - means[0]), abs=1e-6)
     assert best["accuracy"].strong == (float(str(other["p"].csv[""])) < 0.05) == worse
     assert not other["accuracy"].strong and best["difference_to_best"].absent
+    names = [row["method"].text for row in (best, other)]
+    start = "2 configurations trained at 70 % both, "
+    level = f"Of {start}{names[0]} has the highest accuracy there, but does not differ significantly from {names[1]}."
+    said = section_of(dataset).summary
+    assert said.startswith(f"The best of {start}REP, reaches " if worse else f"{level} It reaches ")
+    assert "no better than a constant" not in said
+
+
+def test_the_headline_is_the_line_that_is_best_at_the_training_pattern(tmp_path: Path) -> None:
+    """Not the best with nothing missing, nor one that was trained with nothing missing."""
+    test_set, wrong = TestSet("food101"), np.float32(-1)
+    signs = {"rep": (1, 1, 1), "dcp": (1, wrong, wrong), "maple": (wrong, 1, 1)}
+    for method, sign in signs.items():
+        pattern = at("text", 0.0 if method == "rep" else 1.0)
+        run = write_run(tmp_path / method, "food101", prompt_type=method, **pattern)
+        logits = zip(sign, test_set.logits(0).items(), strict=True)
+        test_set.write(run, logits={name: factor * values for factor, (name, values) in logits})
+    dataset = dataset_of(tmp_path)
+    assert dataset.headline.variant == "MaPLe"
+    assert dataset.order(dataset.headline.by_type["complete"]) < dataset.order(dataset.lines[0].by_type["complete"])
+    said = section_of(dataset).summary
+    assert said.startswith("The best of 2 configurations trained at 100 % text, MaPLe, reaches accuracy 0 % with ")
+    assert "Not compared with it: 1 configuration trained at other patterns. 3 of 3 trained runs" in said
+    said = section_of(dataset_of(tmp_path / "dcp")).summary
+    assert said.startswith("DCP reaches accuracy ") and "it is no better than a constant answer. 1 of 1" in said
 
 
 def test_a_value_and_its_difference_to_the_best_are_of_the_same_missing_tables(tmp_path: Path) -> None:

@@ -232,10 +232,20 @@ class Dataset:
         """The lines that have robustness results."""
         return [line for line in self.lines if line.results]
 
+    @cached_property
+    def contenders(self) -> list[Line]:
+        """The measured lines of the training pattern that most of them share, best first.
+
+        Training with nothing missing, which has another aim, counts only if there is no other.
+        """
+        groups = [[line for line in lines if line in self.measured] for lines in self.by_pattern.values()]
+        groups = [lines for lines in groups if lines] or [self.measured]
+        return max(groups, key=lambda lines: (lines[0].pattern.ratio > 0, len(lines)))
+
     @property
     def headline(self) -> Line:
-        """The measured line that is best with nothing missing."""
-        return max(self.measured, key=lambda line: self.order(line.by_type["complete"]))
+        """The line whose results are shown in detail: the best of the contenders."""
+        return self.contenders[0]
 
     @property
     def results(self) -> list[tuple[Line, ReportRun, Robustness]]:
@@ -244,7 +254,7 @@ class Dataset:
 
     @property
     def baselines(self) -> dict[str, dict[str, float]]:
-        """Metrics of the baselines that ignore the sample, keyed by their answer."""
+        """Metrics of the baselines that ignore the sample, keyed by their answer, the constant one first."""
         found: dict[str, Any] = next((r.raw["baselines"] for _, _, r in self.results if r.raw["baselines"]), {})
         return {str(baseline["answer"]): baseline["metrics"] for baseline in found.values()}
 
@@ -256,8 +266,8 @@ class Dataset:
         return f" Baselines that ignore the sample: {listed(figures)}." if figures else ""
 
     @cached_property
-    def compared(self) -> dict[Pattern, list[Line]]:
-        """Lines with results at their training pattern, keyed by it, best first; empty for fewer than two variants.
+    def by_pattern(self) -> dict[Pattern, list[Line]]:
+        """Lines with results at their training pattern, keyed by it, best first.
 
         Lines that only have their runs' own tests, at other missing tables, come last.
         """
@@ -266,8 +276,13 @@ class Dataset:
             key=lambda x: (not x.measured, -self.order(x.at_own_pattern)),
         )
         patterns = dict.fromkeys(line.pattern for line in self.lines if line in found)
-        several = len({line.variant for line in found}) > 1
-        return {p: [line for line in found if line.pattern == p] for p in patterns} if several else {}
+        return {p: [line for line in found if line.pattern == p] for p in patterns}
+
+    @property
+    def compared(self) -> dict[Pattern, list[Line]]:
+        """`by_pattern`, but empty for fewer than two variants."""
+        several = len({line.variant for lines in self.by_pattern.values() for line in lines}) > 1
+        return self.by_pattern if several else {}
 
     @cached_property
     def against_best(self) -> dict[Line, Difference]:
@@ -277,7 +292,7 @@ class Dataset:
         p is corrected for the number of lines. Comparing every pair of a large report would take too long.
         """
         found: dict[Line, Difference] = {}
-        for pattern, (best, *others) in self.compared.items():
+        for pattern, (best, *others) in self.by_pattern.items():
             at, differences = ((pattern.missing_type,), (pattern.ratio,), pattern.both_ratio), {}
             for line in others:
                 runs = [run for each in (best, line) for run in each.measured if run.test_set]
@@ -290,13 +305,15 @@ class Dataset:
             found |= {line: each._replace(p=p) for (line, each), p in zip(differences.items(), corrected, strict=True)}
         return found
 
+    def is_behind(self, line: Line) -> bool:
+        """Whether this line differs significantly from the best of its training pattern."""
+        found = self.against_best.get(line)
+        return found is not None and found.p <= 1 - LEVEL and not found.low <= 0 <= found.high
+
     def is_significantly_best(self, line: Line) -> bool:
         """Whether this line is the best of its training pattern and all others differ significantly from it."""
-        first, *others = self.compared[line.pattern]
-        found = [self.against_best.get(other) for other in others]
-        return (
-            line is first and bool(others) and all(d and d.p <= 1 - LEVEL and not d.low <= 0 <= d.high for d in found)
-        )
+        first, *others = self.by_pattern[line.pattern]
+        return line is first and bool(others) and all(map(self.is_behind, others))
 
 
 def by_dataset(runs: Sequence[ReportRun]) -> list[Dataset]:

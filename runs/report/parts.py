@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from common.text import AT_OFFSET, counted, order_of
+from common.text import AT_OFFSET, LOWER_IS_BETTER, counted, order_of
 from runs.report import figures, tables
 from runs.report.figures import Figure
 from runs.report.lines import Dataset, Line
@@ -83,20 +83,41 @@ def section_of(dataset: Dataset) -> Section:
 
 
 def _summary(dataset: Dataset) -> str:
-    """A summary of the robustness results in one or two sentences."""
+    """A summary of the robustness results in a few sentences."""
     total, full = counted(len(dataset.runs), "run"), dataset.unit().full
     if not dataset.measured:
         return f"No results: {total}, none of them with robustness results."
-    line, n_measured, n_results = dataset.headline, len(dataset.measured), len(dataset.results)
-    start = line.label if n_measured == 1 else f"The best of {n_measured} configurations, {line.label},"
+    line, metric = dataset.headline, dataset.spec.monitor
     conditions = {"complete": "with nothing missing"}
     values = listed([f"{full(found)} {conditions.get(name, without(name))}" for name, found in line.by_type.items()])
     own = line.at_own_pattern
     at_own = f", and {full(own)} at its training pattern ({line.pattern.title})" if own else ""
+    floor = next(iter(dataset.baselines.values()), {}).get(metric, math.nan)
+    no_better = own is not None and order_of(own.mean, metric) <= order_of(floor, metric)
+    at_own += ". At its training pattern, it is no better than a constant answer" * no_better
+    if apart := len(dataset.measured) - len(dataset.contenders):
+        at_own += f". Not compared with it: {counted(apart, 'configuration')} trained at other patterns"
     trained = counted(sum(not run.pretrains for line in dataset.lines for run in line.runs), "trained run")
     samples = counted(dataset.results[0][2].samples, "test sample")
-    measured = f"{n_results} of {trained} with robustness results, on {samples}."
-    return f"{start} reaches {dataset.metric_title} {values}{at_own}. {measured}{dataset.baseline_text}"
+    measured = f"{len(dataset.results)} of {trained} with robustness results, on {samples}."
+    return f"{_best_line(dataset)} reaches {dataset.metric_title} {values}{at_own}. {measured}{dataset.baseline_text}"
+
+
+def _best_line(dataset: Dataset) -> str:
+    """The start of the summary. The best line is called so only if it is significantly ahead of its contenders."""
+    line, *others = dataset.contenders
+    if not others:
+        return line.label
+    start = f"{len(dataset.contenders)} configurations trained at {line.pattern.title}"
+    level = [other for other in others if not dataset.is_behind(other)]
+    if not level:
+        return f"The best of {start}, {line.variant},"
+    untested = [other for other in level if other not in dataset.against_best]
+    names = [other.variant for other in untested or level]
+    few = listed(names) if len(names) <= 3 else f"{len(names)} of the others"
+    said = f"its lead over {few} was not tested" if untested else f"does not differ significantly from {few}"
+    rank = "lowest" if dataset.spec.monitor in LOWER_IS_BETTER else "highest"
+    return f"Of {start}, {line.variant} has the {rank} {dataset.metric_title} there, but {said}. It"
 
 
 def _training_part(dataset: Dataset, runs: Sequence[ReportRun]) -> Part:

@@ -1,6 +1,6 @@
 """Missing patterns as used by runs, comparisons and the report."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.messages import quoted
 from common.text import per_cent
@@ -24,6 +24,12 @@ class Pattern(NamedTuple):
             if type(share) not in (float, int) or not 0 <= share <= 1:
                 raise ValueError(f"expected a ratio from 0 to 1, found {quoted(share)}")
         return cls(missing_type, float(ratio), float(both_ratio) if missing_type == BOTH else 0.5)
+
+    def place(self, spec: DatasetSpec) -> tuple[Any, ...]:
+        """Sort key: missing types in the order of the dataset's row, each by `both_ratio` and ratio."""
+        types = spec.missing_types
+        known = types.index(self.missing_type) if self.missing_type in types else len(types)
+        return known, self.missing_type, self.both_ratio, self.ratio
 
     @property
     def kind(self) -> str:

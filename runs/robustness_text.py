@@ -1,13 +1,13 @@
 """Prints robustness results as tables, for one checkpoint or several side by side."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from common.text import AT_OFFSET, Estimate, baseline_texts, counted, interval_text, per_cent, terminal_table
 from engine.exported import is_exported
-from engine.robustness import Results
+from engine.robustness import PATTERN, Results
 from runs.check_options import read_load_paths
 from runs.evaluation import measure_mean, measure_target
 from runs.lines import RunLine, lines_of, spread_of
@@ -42,19 +42,35 @@ def describe(measured: Sequence[tuple[Target, Results]]) -> str:
         [
             f"robustness of {counted(len(measured), 'checkpoint') if several else one}",
             f"  {first['task']} test, {samples}; {first['metric']}, {over}\n",
-            *(_side_by_side(measured) if several else _matrices(first)),
+            *(_side_by_side(measured) if several else _matrices(target, first)),
             *(["", "baselines that ignore the sample:", *baselines] if baselines else []),
         ]
     )
 
 
-def _matrices(found: Results) -> list[str]:
+Cells = dict[Pattern, dict[str, Any]]
+"""The cells of robustness results, keyed by pattern."""
+
+
+def _cells(target: Target, found: Results) -> Cells:
+    spec = target.store.dataset.spec
+    return {Pattern.of(spec, *(cell[name] for name in PATTERN)): cell for cell in found["cells"]}
+
+
+def _kinds(patterns: Iterable[Pattern]) -> dict[Pattern, str]:
+    """The missing type of each pattern, followed by both_ratio if there are several or it is not 0.5."""
+    several = len({pattern.both_ratio for pattern in patterns if pattern.missing_type == BOTH}) > 1
+    return {p: f"{BOTH} {p.both_ratio:g}" if p.missing_type == BOTH and several else p.kind for p in patterns}
+
+
+def _matrices(target: Target, found: Results) -> list[str]:
     """Tables of one checkpoint (ratios down, missing types across): metric, intervals, and F1 at the offset."""
 
     def matrix(title: str, text_of: Callable[[dict[str, Any]], str]) -> list[str]:
-        at = {(_kind(cell, found), cell["ratio"]): text_of(cell) for cell in found["cells"]}
-        kinds, ratios = dict.fromkeys(kind for kind, _ in at), dict.fromkeys(ratio for _, ratio in at)
-        rows = [[per_cent(ratio), *(at[kind, ratio] for kind in kinds)] for ratio in ratios]
+        cells = _cells(target, found)
+        at = {(kind, pattern.ratio): text_of(cells[pattern]) for pattern, kind in _kinds(cells).items()}
+        kinds, ratios = dict.fromkeys(kind for kind, _ in at), sorted({ratio for _, ratio in at})
+        rows = [[per_cent(ratio), *(at.get((kind, ratio), "–") for kind in kinds)] for ratio in ratios]
         table = terminal_table(["missing", *kinds], rows, ">" * (1 + len(kinds)))
         return [f"\n{title}:\n", table] if title else [table]
 
@@ -79,11 +95,11 @@ def _side_by_side(measured: Sequence[tuple[Target, Results]]) -> list[str]:
         trained = subjects[0].train_pattern  # the same for all runs of a line
         rows[1].append("not known" if trained is None else str(Pattern(**trained)))
         rows[2].append(", ".join("not known" if one.train_seed is None else str(one.train_seed) for one in subjects))
-    table, over = _block(first["metric"], first, lines)
+    table, over = _block(first["metric"], lines)
     side_by_side = partial(terminal_table, heads, sides="<" + ">" * (len(heads) - 1), repeated=2)
     tables = [side_by_side([*rows, ["± over", "", *over], *table])]
     if any(AT_OFFSET in found["metrics"] for _, found in measured):
-        tables += [f"\n{AT_OFFSET}:\n", side_by_side(_block(AT_OFFSET, first, lines)[0])]
+        tables += [f"\n{AT_OFFSET}:\n", side_by_side(_block(AT_OFFSET, lines)[0])]
     left_out = [str(target.subject.checkpoint) for line in lines for target, _ in line.repeats]
     return [
         *tables,
@@ -91,25 +107,22 @@ def _side_by_side(measured: Sequence[tuple[Target, Results]]) -> list[str]:
     ]
 
 
-def _block(
-    metric: str, first: Results, lines: Sequence[RunLine[tuple[Target, Results]]]
-) -> tuple[list[list[str] | None], list[str]]:
+def _block(metric: str, lines: Sequence[RunLine[tuple[Target, Results]]]) -> tuple[list[list[str] | None], list[str]]:
     """Rows of a metric by missing type and ratio, and what the deviations of each line are taken over."""
+    cells_of_lines = [[_cells(*item) for item in line.items] for line in lines]
+    patterns = {pattern for line_cells in cells_of_lines for cells in line_cells for pattern in cells}
+    spec = lines[0].items[0][0].store.dataset.spec
+    kinds = _kinds(sorted(patterns, key=lambda pattern: pattern.place(spec)))
     table: list[list[str] | None] = []
-    over, last_kind = [""] * len(lines), None
-    for place, cell in enumerate(first["cells"]):  # the same for all checkpoints
-        kind = _kind(cell, first)
-        line_values = [[found["cells"][place]["metrics"].get(metric) for _, found in line.items] for line in lines]
-        spreads = [spread_of([each["values"] for each in values if each]) for values in line_values]
-        over = [spread.over if spread else "" for spread in spreads]
-        table += [None] if kind != last_kind else []
-        shown = [spread.estimate.text() if spread else "–" for spread in spreads]
-        table.append([kind if kind != last_kind else "", per_cent(cell["ratio"]), *shown])
+    over: list[dict[str, None]] = [{} for _ in lines]
+    last_kind = None
+    for pattern, kind in kinds.items():
+        row = [kind if kind != last_kind else "", per_cent(pattern.ratio)]
+        for line_cells, line_over in zip(cells_of_lines, over, strict=True):
+            values = [cells[pattern]["metrics"].get(metric) for cells in line_cells if pattern in cells]
+            spread = spread_of([each["values"] for each in values if each])
+            row.append(spread.estimate.text() if spread else "–")
+            line_over |= {spread.over: None} if spread else {}
+        table += [None, row] if kind != last_kind else [row]
         last_kind = kind
-    return table, over
-
-
-def _kind(cell: dict[str, Any], found: Results) -> str:
-    """The missing type, followed by both_ratio if there are several."""
-    several = len({other["both_ratio"] for other in found["cells"]}) > 1
-    return f"{BOTH} {cell['both_ratio']:g}" if cell["missing_type"] == BOTH and several else cell["missing_type"]
+    return table, [" or ".join(filter(None, each)) for each in over]

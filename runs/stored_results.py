@@ -26,6 +26,11 @@ class Robustness:
     cells: dict[Pattern, dict[str, Any]]
     offset: float | None  # chosen in the run's validation, see `engine/decision.py`
 
+    def at(self, pattern: Pattern) -> dict[str, Any] | None:
+        """The results at a pattern, if any; at ratio 0, all missing types are the same."""
+        complete = (cell for found, cell in self.cells.items() if found.ratio == pattern.ratio == 0)
+        return self.cells.get(pattern) or next(complete, None)
+
     @property
     def rows_before(self) -> tuple[int, ...]:
         """Rows of the splits drawn before the test split, if missing tables are drawn as published; else empty."""

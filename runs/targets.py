@@ -2,19 +2,21 @@
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from common.hashing import file_sha256
+from common.strict_json import read_json
 from common.text import natural_key
 from config import Options
 from engine.checkpoint import Checkpoint, TrainingRecord, check_classes, read_checkpoint
 from engine.exported import WEIGHTS, is_exported
 from engine.families import BackboneChoice, family_of
 from engine.open_model import precision_of
-from engine.robustness import Subject
+from engine.robustness import PATTERN, Subject
 from engine.stored_logits import LogitStore
 from engine.tasks import task_of, with_published_f1
 from runs.check_options import check, read_load_paths
@@ -198,7 +200,9 @@ def _open(config: Mapping[str, Any], given: set[str], path: Path, test_sets: Tes
     origin |= {"precision": options.precision, "tokenizer": tokenizer, "published_seed": published_seed}
     recorded_options = asdict(with_model_of(checkpoint, options, given))
     store = LogitStore(path.parent / "robustness", origin, dataset, recorded_options)
-    return Target(options, subject, run, store, store.exists(), _patterns(options, spec))
+    encoded = store.exists()
+    stored = _stored_cells(store, checkpoint.sha256) if encoded else set()
+    return Target(options, subject, run, store, encoded, _patterns(options, spec, stored))
 
 
 def drawn_as_trained(options: Options, checkpoints: Sequence[Checkpoint], given: Collection[str]) -> Options:
@@ -234,9 +238,25 @@ def pattern_of(trained: TrainingRecord) -> Pattern:
     return Pattern(trained.missing_type, trained.ratio, trained.both_ratio)
 
 
-def _patterns(options: Options, spec: DatasetSpec) -> list[list[MissingPattern]]:
-    """The cells of the matrix. If drawn as published, each is drawn after the training tables, as with `test_only`."""
-    cells = options.robustness_patterns()
+def _stored_cells(store: LogitStore, checkpoint_sha256: str) -> set[Pattern]:
+    """The patterns of earlier results from the stored logits; of an unreadable file, which is replaced, none."""
+    with suppress(DataError, AttributeError, LookupError, TypeError, ValueError):
+        written = read_json(store.folder / "robustness.json")
+        if written["checkpoint_sha256"] == checkpoint_sha256:
+            return {Pattern.of(store.dataset.spec, *(cell[name] for name in PATTERN)) for cell in written["cells"]}
+    return set()
+
+
+def _patterns(options: Options, spec: DatasetSpec, stored: Collection[Pattern]) -> list[list[MissingPattern]]:
+    """The cells of the matrix: those asked for and those `stored`, all with the same table seeds.
+
+    If drawn as published, each is drawn after the training tables, as with `test_only`.
+    """
+    by_pattern = {Pattern.of(spec, *astuple(cell[0])[:3]): cell for cell in options.robustness_patterns()}
+    for pattern in stored:
+        cell = [MissingPattern(*pattern, seed, options.missing_tables) for seed in options.robustness_seeds]
+        by_pattern.setdefault(pattern, cell)
+    cells = [by_pattern[pattern] for pattern in sorted(by_pattern, key=lambda pattern: pattern.place(spec))]
     if options.missing_tables == NESTED:
         return cells
     assert options.data_root is not None

@@ -7,7 +7,6 @@ import re
 import statistics
 from pathlib import Path
 from string import Formatter
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from runs.report.results import listed_runs, read_report_runs
 from runs.report.samples import SampleGrid
 from runs.report.table import Table
 from runs.report.text import CAPTIONS, Unit
+from runs.stored_results import Robustness
 from tests.conftest import Patch
 from tests.report_files import (
     HOSTILE,
@@ -101,8 +101,10 @@ def test_each_row_of_the_matrix_says_what_its_deviations_are_over(tmp_path: Path
     found = json.loads((run / "robustness" / "robustness.json").read_text())
     left = [cell for cell in found["cells"] if cell["missing_type"] == "text" or cell["ratio"] == 0.7]
     edit_json(run, "robustness/robustness.json", cells=left)
-    over = {row["missing_type"]: row["deviation_over"] for row in as_csv(tables.matrix_table(dataset_of(tmp_path)))}
-    several = "2 missing tables or 2 training seeds"
+    rows = as_csv(tables.matrix_table(dataset_of(tmp_path)))
+    over = {row["missing_type"]: row["deviation_over"] for row in rows}
+    assert len({(row["0 %"], row["0 % std"]) for row in rows}) == 1, "all missing types are the same there"
+    several = "2 training seeds or 2 missing tables"
     assert over == {"text": "2 training seeds", "image": several, "both": several}
 
 
@@ -649,7 +651,7 @@ def test_samples_are_of_the_best_run(tmp_path: Path, monkeypatch: Patch, task: s
     dataset = dataset_of(tmp_path)
     spec = DATASETS[task]
     by_type = {name: {spec.monitor: 0.5} for name in spec.type_names}
-    results = SimpleNamespace(raw={"by_type": by_type}, cells={}, rows_before=())
+    results = Robustness({"by_type": by_type, "table_seeds": [0]}, cells={}, offset=None)
     for run in dataset.runs:
         monkeypatch.setitem(vars(run), "robustness", results)
         monkeypatch.setitem(vars(run), "test_set", ("", 30))

@@ -163,7 +163,7 @@ def test_the_result_files_agree_with_the_stored_logits(fresh: Path, tmp_path: Pa
     logits = [torch.tensor(table[name]) for name in LOGIT_COLUMNS]
     labels, rows = torch.tensor(table["label"]), table["row"]
     metrics = TASKS["mmimdb"].metrics
-    kinds = [("text", 0.5), ("image", 0.5), ("both", 0.5), ("both", 0.2)]  # both_ratio given for `both` alone
+    kinds = [("text", 0.5), ("image", 0.5), ("both", 0.2), ("both", 0.5)]  # both_ratio given for `both` alone
     assert [(cell["missing_type"], cell["both_ratio"], cell["ratio"]) for cell in results["cells"]] == [
         (kind, both_ratio, ratio) for kind, both_ratio in kinds for ratio in (0.0, 0.3, 1.0)
     ]
@@ -319,11 +319,33 @@ def encoded(encoded_once: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(encoded_once, tmp_path / "encoded" / "version_0"))
 
 
-def test_new_results_replace_all_old_ones_and_no_other_files(encoded: Path) -> None:
+def test_a_later_call_adds_its_cells_and_computes_all_with_its_seeds(encoded: Path, capsys: Captured) -> None:
+    """The same as in one call, in the order of the dataset's missing types; each in its place on the terminal."""
+    best, few = f"load_path={encoded / 'best.ckpt'}", ("robustness_seeds=[3]", "bootstrap=0")
+    robustness(best, "robustness_types=[both,text]", "robustness_ratios=[0.7]", "both_ratio=0.3", *few)
+    found, said = results_of(encoded), capsys.readouterr().out.splitlines()
+    names = [(cell["missing_type"], cell["ratio"], cell["both_ratio"]) for cell in found["cells"]]
+    text = [("text", ratio, both) for ratio, both in ((0, 0.5), (0.5, 0.5), (0.7, 0.3))]
+    both = [("both", 0.7, 0.3), ("both", 0, 0.5), ("both", 0.5, 0.5)]
+    assert names == [*text, ("image", 0, 0.5), ("image", 0.5, 0.5), *both]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in said]
+    assert ["missing", "text", "image", "both 0.3", "both 0.5"] in rows
+    [row, *_] = [row for row in rows if row[0] == "70 %"]
+    assert row[2] == row[4] == "–" and len(row) == 5
+    assert {len(cell["metrics"]["f1_macro"]["values"]) for cell in found["cells"]} == {1}, "with the new seed alone"
+    assert not any("interval" in cell for cell in found["cells"])
+    (encoded / "robustness" / "robustness.json").unlink()
+    robustness(best, "robustness_ratios=[0,0.5]", *few)
+    at_once = {str(cell): cell for cell in results_of(encoded)["cells"]}
+    assert len(at_once) == 6 and all(cell in found["cells"] for cell in at_once.values())
+
+
+def test_new_results_replace_all_old_files_and_no_others(encoded: Path) -> None:
     folder = encoded / "robustness"
     (folder / "roc.csv").write_text("of another dataset")
     (folder / "mine").mkdir()
     logits = (folder / "logits.arrow").stat()
+    (folder / "robustness.json").write_text("{}")  # unreadable
     robustness(f"load_path={encoded / 'best.ckpt'}", "robustness_ratios=[0.5]", "bootstrap=0")
     names = {"logits.arrow", "robustness.json", "cells.csv", "matrix.csv", "per_class.csv", "mine"}
     assert {path.name for path in folder.iterdir()} == names

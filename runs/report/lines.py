@@ -57,19 +57,13 @@ class Line:
 
     def spreads_of(self, metric: str) -> dict[Pattern, Spread]:
         """A metric by evaluation pattern, sorted by type and ratio; patterns whose results lack it are left out."""
-        found: dict[Pattern, list[list[float]]] = {}
-        for _, results in self.results:
-            for pattern, cell in results.cells.items():
-                if metric in cell["metrics"]:
-                    found.setdefault(pattern, []).append(cell["metrics"][metric]["values"])
-        types = self.spec.missing_types
-
-        def place(pattern: Pattern) -> tuple[Any, ...]:
-            kind = pattern.missing_type
-            return types.index(kind) if kind in types else len(types), kind, pattern.both_ratio, pattern.ratio
-
-        order = sorted(found, key=place)
-        return {pattern: spread for pattern in order if (spread := spread_of(found[pattern]))}
+        patterns = {pattern for _, results in self.results for pattern in results.cells}
+        found: dict[Pattern, Spread] = {}
+        for pattern in sorted(patterns, key=lambda pattern: pattern.place(self.spec)):
+            cells = [cell["metrics"] for _, results in self.results if (cell := results.at(pattern))]
+            if spread := spread_of([metrics[metric]["values"] for metrics in cells if metric in metrics]):
+                found[pattern] = spread
+        return found
 
     @cached_property
     def matrix(self) -> dict[Pattern, Estimate]:
@@ -124,7 +118,7 @@ class Line:
 
     def interval_at(self, pattern: Pattern) -> tuple[float, float] | None:
         """Confidence interval over test samples; with several training seeds, the mean of their intervals."""
-        cells = [results.cells[pattern] for _, results in self.results if pattern in results.cells]
+        cells = [cell for _, results in self.results if (cell := results.at(pattern))]
         found = [cell["interval"] for cell in cells if "interval" in cell]
         if not found:
             return None

@@ -124,7 +124,7 @@ class ReportRun(Run):
         found, published = self.robustness, self.config.get("missing_tables") == PUBLISHED
         if found is None or bool(found.rows_before) != published:
             return None
-        if cell := found.cells.get(self.pattern):
+        if cell := found.at(self.pattern):
             return {metric: figures["values"] for metric, figures in cell["metrics"].items()}
         return values_at(self, self.pattern, tuple(found.raw["table_seeds"])) if has_logits(self) else None
 

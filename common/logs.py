@@ -3,6 +3,8 @@
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -24,6 +26,23 @@ class _StandardError(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
         super().emit(record)
+
+
+@contextmanager
+def without_repeats(logger: logging.Logger) -> Iterator[None]:
+    """Leaves out a line that says the same as the last one of its kind, such as the precision of each of many runs."""
+    last: dict[str, object] = {}
+
+    def is_new(record: logging.LogRecord) -> bool:
+        repeats = record.msg in last and last[record.msg] == record.args
+        last[record.msg] = record.args
+        return not repeats
+
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
 
 
 def set_up_logging() -> None:

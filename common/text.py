@@ -59,6 +59,11 @@ def order_of(value: float, metric: str) -> float:
     return -math.inf if math.isnan(value) else -value if lower else value
 
 
+def metric_text(metric: str) -> str:
+    """The name of a metric, with `(lower is better)` if that is so."""
+    return f"{metric} (lower is better)" if metric in LOWER_IS_BETTER else metric
+
+
 def figure(value: float, digits: int = 4) -> str:
     """A number as text; `undefined` for NaN, which stands for a metric that is undefined on the samples."""
     return "undefined" if math.isnan(value) else f"{value:.{digits}f}"

@@ -11,7 +11,7 @@ from common.errors import ConfigError
 from common.files import writing
 from common.readers import integer, several, text
 from common.strict_json import write_json
-from common.text import baseline_texts, counted, figure, interval_text, per_cent, terminal_table
+from common.text import baseline_texts, counted, figure, interval_text, metric_text, per_cent, terminal_table
 from engine.sample_statistics import LEVEL
 from runs.check_options import read_options
 from runs.compare import Group, Settings, compare_runs, drawing_of, has_logits
@@ -135,7 +135,7 @@ def _text(group: Group) -> str:
     heads = ["", "missing", "first", "second", "difference", interval, "ahead", "p "]
     return "\n".join(
         [
-            f"\n{group.dataset} test, {counted(group.samples, 'sample')}, {group.metric}; trained at "
+            f"\n{group.dataset} test, {counted(group.samples, 'sample')}, {metric_text(group.metric)}; trained at "
             f"{group.trained_at}{_drawn(group.drawing)}",
             *known,
             *(f"     {text}" for text in baseline_texts(group.baselines, group.task.monitor)),

@@ -5,7 +5,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from common.text import AT_OFFSET, Estimate, baseline_texts, counted, interval_text, per_cent, terminal_table
+from common.logs import without_repeats
+from common.text import (
+    AT_OFFSET,
+    Estimate,
+    baseline_texts,
+    counted,
+    interval_text,
+    metric_text,
+    per_cent,
+    terminal_table,
+)
 from engine.exported import is_exported
 from engine.robustness import PATTERN, Results
 from runs.check_options import read_load_paths
@@ -20,7 +30,8 @@ log = logging.getLogger("rep")
 
 def measure_all(config: Mapping[str, Any], given: set[str]) -> str:
     """Evaluates the checkpoints in `load_path` at all missing types and ratios; "" except on the first process."""
-    measured = [(target, measure_target(target, given)) for target in open_targets(config, given)]
+    with without_repeats(log):
+        measured = [(target, measure_target(target, given)) for target in open_targets(config, given)]
     found = [(target, results) for target, results in measured if results is not None]
     if len(found) > 1 and all(path.is_file() or is_exported(path) for path in read_load_paths(config)):
         if len({target.subject.other_input for target, _ in found}) == 1:
@@ -41,7 +52,7 @@ def describe(measured: Sequence[tuple[Target, Results]]) -> str:
     return "\n".join(
         [
             f"robustness of {counted(len(measured), 'checkpoint') if several else one}",
-            f"  {first['task']} test, {samples}; {first['metric']}, {over}\n",
+            f"  {first['task']} test, {samples}; {metric_text(first['metric'])}, {over}\n",
             *(_side_by_side(measured) if several else _matrices(target, first)),
             *(["", "baselines that ignore the sample:", *baselines] if baselines else []),
         ]

@@ -14,13 +14,15 @@ import torch
 from common.errors import DataError
 from engine.metrics import multilabel_f1
 from engine.significance import Difference, holm
+from engine.stored_logits import SplitLogits, logit_columns_of
 from engine.tasks import TASKS
 from run import command_line
 from runs.compare import Comparison, Settings, compare_runs
 from runs.pattern import Pattern
 from runs.run_reader import find_runs
 from tests.conftest import Captured
-from tests.report_files import TestSet, at, edit_json, write_arrow, write_run
+from tests.report_files import TestSet, at, edit_json, sha256_of, write_arrow, write_measured, write_run
+from vilt.datasets.specs import DATASETS
 from vilt.missing_tables import MissingPattern, draw_missing_table
 
 FILMS = TestSet(films=60)
@@ -171,6 +173,22 @@ def test_only_like_for_like_is_compared(tmp_path: Path, capsys: Captured) -> Non
         {"0": str(tmp_path / "dcp" / "version_0")},
         {"0": str(tmp_path / "rep_seed0" / "version_1")},
     ]
+
+
+def test_errors_are_said_to_be_better_if_lower(tmp_path: Path, capsys: Captured) -> None:
+    spec, labels = DATASETS["mosi"], torch.linspace(-3, 3, 30)
+    for method, error in (("rep", 0.25), ("none", 1.5)):
+        run = write_run(tmp_path / method, "mosi", prompt_type=method, **at("some", 0.7))
+        split = SplitLogits(np.arange(30), 30, labels, (labels[:, None] + error).expand(len(spec.type_names), -1, -1))
+        write_measured(run, split, ("sentiment",), spec.missing_types, (0.0, 0.7), tuple(spec.modalities))
+        described = {"format": 1, "task": "mosi", "checkpoint_sha256": sha256_of(run / "best.ckpt")}
+        columns = {"row": range(30), "id": list(map(str, range(30))), "label": pa.array(labels.tolist(), pa.float32())}
+        logits = zip(logit_columns_of(spec), split.logits_TNC, strict=True)
+        columns |= {name: pa.array(values.tolist(), pa.list_(pa.float32())) for name, values in logits}
+        table = pa.table(columns).replace_schema_metadata({"rep": json.dumps(described)})
+        write_arrow(run / "robustness" / "logits.arrow", table)
+    assert compare(f"runs={tmp_path}", "robustness_types=[some]", "robustness_ratios=[0]") == 0
+    assert "mosi test, 30 samples, mae (lower is better); trained at" in capsys.readouterr().out
 
 
 def test_an_undefined_metric_is_null_and_not_significant(tmp_path: Path, capsys: Captured) -> None:

@@ -365,6 +365,7 @@ def test_errors_are_not_percentages_and_the_lowest_is_best(tmp_path: Path) -> No
     assert shades == {"REP": 1.0, "head alone": 0.0}
     page = make_report([tmp_path], tmp_path / "report").read_text()
     assert "MAE 0.25 with nothing missing" in page and "ROC" not in page
+    assert "0.25 without audio, 0.25 without audio + vision, 0.25 without text, 0.25 without text + vision and " in page
 
 
 def test_results_by_class_are_sorted_by_support(runs: Path, results: list[dict[str, Any]]) -> None:

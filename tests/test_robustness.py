@@ -398,6 +398,7 @@ def test_runs_that_differ_only_in_seed_share_a_column(encoded: Path, tmp_path: P
     robustness(f"load_path={tmp_path / 'runs'}", *QUICK)
     said = capsys.readouterr()
     assert f"left out for lack of a checkpoint: {unfinished}\n" in said.err
+    assert said.err.count("encoding 1 of 3") == 4 and said.err.count(", precision 32-true") == 1, "the same for all"
     assert not (folders[0].parent / "version_0" / "robustness").exists(), "its training went on in version_1"
     results = {seed: results_of(folder) for seed, folder in folders.items()}
     assert {seed: found["train_seed"] for seed, found in results.items()} == {seed: seed for seed in folders}

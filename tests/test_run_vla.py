@@ -207,7 +207,7 @@ def test_tables_and_report_tell_percentages_from_errors(measured, root, tmp_path
     assert "mae" in (said := capsys.readouterr().out) and "70 % some" in said
     assert call("report", f"runs={root / 'result'}", f"out={tmp_path / 'report'}") == 0
     page = page_text(tmp_path / "report")
-    assert "CMU-MOSI" in page and "without text, vision" in page and "unavailable" not in page, "no pictures"
+    assert "CMU-MOSI" in page and "without text + vision" in page and "unavailable" not in page, "no pictures"
     table = read_csv(tmp_path / "report" / "tables" / "rivals_mosi.csv")
     rows = {(row["method"], row["metric"], row["source"]): row for row in table}
     ours = {metric: row["value"] for (_, metric, source), row in rows.items() if source == "ours"}
@@ -215,6 +215,16 @@ def test_tables_and_report_tell_percentages_from_errors(measured, root, tmp_path
     published = rows["MPLMM", "acc2 non0", "MPLMM's Table 1"]
     assert (published["value"], published["read"]) == ("72.1400", "second-hand")
     found = read_json(measured / "robustness.json")
+    best = measured.parent / "best.ckpt"
+    options = (
+        f"load_path={best}",
+        "robustness_seeds=[0]",
+        "bootstrap=20",
+        "published_f1=True",
+        "robustness_ratios=[0.7]",
+    )
+    assert command_line(command(root, *options, name="robustness")) == 0
+    assert "; mae (lower is better), mean ± std over" in capsys.readouterr().out
     by_type, cells = found["by_type"], {(cell["missing_type"], cell["ratio"]): cell for cell in found["cells"]}
     assert cells["text+audio", 1.0]["metrics"]["mae"]["mean"] == by_type["text, audio missing"]["mae"]
     assert cells["text+audio", 1.0]["vision_available"] == 1 and cells["text+audio", 1.0]["text_available"] == 0

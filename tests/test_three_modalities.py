@@ -293,7 +293,7 @@ def test_the_table_of_runs_and_the_report_show_the_modalities(measured, data, tm
     assert "70 % some" in (said := capsys.readouterr().out) and "gadgets" in said
     assert call("report", f"runs={data / 'result'}", f"out={tmp_path / 'report'}") == 0
     page = page_text(tmp_path / "report")
-    assert "Sensors" in page and "without motion, light" in page and "without sound, light" in page
+    assert "Sensors" in page and "without motion + light" in page and "without sound + light" in page
     rows = read_csv(tmp_path / "report" / "tables" / "matrix_gadgets.csv")
     assert {row["missing_type"] for row in rows} == set(TYPES)
     half = {row["missing_type"]: row for row in read_csv(measured / "matrix.csv") if float(row["ratio"]) == 0.5}

@@ -69,8 +69,9 @@ def listed(words: Sequence[str]) -> str:
 
 
 def without(type_name: str) -> str:
-    """Rephrases a missing type: `text missing` becomes `without text`; `complete` stays."""
-    return f"without {lacking}" if (lacking := type_name.removesuffix(" missing")) != type_name else type_name
+    """Rephrases a missing type: `text, audio missing` becomes `without text + audio`; `complete` stays."""
+    lacking = type_name.removesuffix(" missing")
+    return f"without {lacking.replace(', ', ' + ')}" if lacking != type_name else type_name
 
 
 def excerpt(text: str, length: int) -> str:

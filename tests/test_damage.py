@@ -31,6 +31,7 @@ from config import DEFAULTS
 from engine.checkpoint import ModelSpec, describe, read_checkpoint, restore_classifier, saved_state
 from engine.items import read_items
 from runs.check_options import read_options
+from runs.report.configurations import configurations
 from runs.report.results import read_report_runs
 from runs.run_table import list_runs
 from tests.archives import rewritten
@@ -161,7 +162,7 @@ def write_a_run(folder: Path, _: Workspace) -> None:
 def read_runs(folder: Path, path: Path) -> None:
     assert all(len(row.note) < 1000 for row in list_runs(folder))
     for run in read_report_runs([folder]):
-        _ = run.title, run.configuration, run.versions, run.command, run.curve("val/f1_macro")
+        _ = run.title, configurations([run]), run.command, run.curve("val/f1_macro")
 
 
 def raw(name: str, *files: str) -> Reader:

@@ -106,6 +106,7 @@ def test_a_report_has_all_its_files(report: Path, runs: Path, tmp_path: Path) ->
             assert image.width == 480 * n_panels
     make_report([runs / "others", runs / "mmimdb"], tmp_path / "again")
     again = contents(tmp_path / "again")
+    again = {name: data.replace(str(tmp_path / "again").encode(), str(report).encode()) for name, data in again.items()}
     assert [name for name in found if again[name] != found[name]] == [], "the same runs give the same files"
 
 
@@ -127,7 +128,7 @@ def test_the_markdown_file_agrees_with_the_page(report: Path, page: Page, runs: 
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.strip().splitlines()}) == 1
     assert "    python run.py with task_finetune_mmimdb data_root=/home/somebody/films\n" in markdown
     named = re.search(r"^    (python run\.py report with .*)", markdown, re.MULTILINE)
-    assert named and shlex.split(named[1])[-1] == f"runs=[{runs / 'others'},{runs / 'mmimdb'}]"
+    assert named and shlex.split(named[1])[-2:] == [f"runs=[{runs / 'others'},{runs / 'mmimdb'}]", f"out={report}"]
     assert '"torch": "2.13.0"' in markdown and "**52.31**" in markdown
 
 
@@ -238,6 +239,26 @@ def test_a_failed_run_is_said_to_have_failed(tmp_path: Path) -> None:
     (run / "error.txt").write_text("Traceback:\ncommon.errors.DataError: no films\n")
     page = Page(make_report([tmp_path], tmp_path / "report")).text
     assert "R1 (a_seed0/version_0) failed: DataError: no films" in page and "run.py robustness" not in page
+
+
+def test_what_all_runs_share_is_shown_once(tmp_path: Path) -> None:
+    """The rest for each run, also within dictionaries; without a difference, no more than its command."""
+    runs = [write_run(tmp_path / "runs" / f"{seed}", seed=seed, exp_name="same") for seed in (0, 1, 2)]
+    edit_json(runs[1], "config.json", missing_ratio={"train": 0.7, "val": 0.7, "test": 0.9})
+    edit_json(runs[1], "environment.json", packages={"torch": "2.13.1", "numpy": "2.4.6"})
+    (runs[2] / "environment.json").unlink()
+    make_report([tmp_path / "runs"], tmp_path / "report")
+    markdown = (tmp_path / "report" / "report.md").read_text("utf-8")
+    page = " ".join((tmp_path / "report" / "index.html").read_text("utf-8").replace("&#34;", '"').split())
+    for said in (" ".join(markdown.replace("\\", "").split()), re.sub(r"<.*?>", "", page)):
+        said = said[said.index("that all runs share") :]
+        assert [said.count(entry) for entry in ('"exp_name"', '"numpy"', '"python"', '"val": 0.7')] == [1] * 4
+        assert [said.count(f'"seed": {seed}') for seed in (0, 1, 2)] == [1] * 3
+        assert '"missing_ratio": { "test": 0.9 }' in said
+        assert '{ "packages": { "torch": "2.13.1" } }' in said and said.count("Versions are unknown") == 1
+    make_report([runs[0]], tmp_path / "one")
+    markdown = (tmp_path / "one" / "report.md").read_text("utf-8")
+    assert markdown.count("Configuration and versions of R1: runs/0") == 1 and "Beyond that" not in markdown
 
 
 def test_configurations_left_out_of_the_bars_are_counted(tmp_path: Path) -> None:

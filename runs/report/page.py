@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from common.files import check_replaceable, whole_folder, writing
 from common.text import counted
+from runs.report.configurations import configurations
 from runs.report.figures import Figure
 from runs.report.lines import by_dataset
 from runs.report.parts import report_command, section_of
@@ -62,8 +63,9 @@ def make_report(places: Sequence[Path], out: Path) -> Path:
             "n_runs": counted(len(runs), "run"),
             "sections": sections,
             "runs": runs_table(runs, datasets),
+            "configurations": configurations(others),
             "details": others,
-            "report_command": report_command(places),
+            "report_command": report_command(places, out),
         }
     )
     with writing(f"out={out}"), whole_folder(out, MARKER, MAKER) as folder:

@@ -181,7 +181,7 @@ def robustness_command(runs: Sequence[ReportRun]) -> str:
     return without_home(shlex.join(["python", "run.py", "robustness", "with", *options]))
 
 
-def report_command(places: Sequence[Path]) -> str:
-    """The command that writes a report on the folders `places`."""
+def report_command(places: Sequence[Path], out: Path) -> str:
+    """The command that writes a report on the folders `places` to the folder `out`."""
     folders = ",".join(map(str, places))
-    return without_home(shlex.join(["python", "run.py", "report", "with", f"runs=[{folders}]"]))
+    return without_home(shlex.join(["python", "run.py", "report", "with", f"runs=[{folders}]", f"out={out}"]))

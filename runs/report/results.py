@@ -1,7 +1,6 @@
 """Reads and checks the runs of a report before anything is drawn."""
 
 import io
-import json
 import logging
 import shlex
 from collections.abc import Sequence
@@ -82,17 +81,11 @@ class ReportRun(Run):
         return environment
 
     @property
-    def configuration(self) -> str:
-        """The options as JSON."""
-        return without_home(json.dumps(self.config, indent=2))
-
-    @property
-    def versions(self) -> str:
-        """Versions, machine and commit as JSON; empty if unknown."""
+    def versions(self) -> dict[str, Any] | None:
+        """Versions, machine and commit; None if unknown."""
         if self.environment is None:
-            return ""
-        kept = {name: self.environment.get(name) for name in ("python", "packages", "machine", "git")}
-        return without_home(json.dumps(kept, indent=2))
+            return None
+        return {name: self.environment.get(name) for name in ("python", "packages", "machine", "git")}
 
     @property
     def command(self) -> str:

@@ -66,6 +66,16 @@ def write_exported(out: Path, state: "dict[str, Tensor]", described: dict[str, A
         (folder / CARD).write_text(card, "utf-8")
 
 
+def shared_name(name: str, out: Path) -> str:
+    """The name of a file or folder for an export to `out`, without the user's folders: an absolute path becomes one
+    relative to the deepest folder above both, where `resolve_path` finds it, or its last part if that is far up."""
+    path, folder = Path(name), out.resolve()
+    if not path.is_absolute():
+        return name
+    above = next(each for each in folder.parents if each in path.parents)
+    return path.name if above in (Path(path.anchor), Path.home().parent) else path.relative_to(above).as_posix()
+
+
 def resolve_path(name: str, checkpoint: Path) -> str:
     """Resolves a path as a run named it, if it was relative to a folder above the run's checkpoint."""
     with suppress(OSError):  # a folder that may not be entered, or an invalid file name

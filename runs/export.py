@@ -9,7 +9,7 @@ from clip.modules.registry import PRETRAINING
 from common.errors import CheckpointError, ConfigError
 from common.text import figure, per_cent
 from engine.checkpoint import Checkpoint, describe, read_checkpoint
-from engine.exported import write_exported
+from engine.exported import shared_name, write_exported
 from runs.run_reader import Run, find_runs
 from runs.targets import pattern_of
 
@@ -31,7 +31,8 @@ def export(load_path: Path | tuple[Path, ...] | None, out: Path | None = None) -
     if checkpoint.published:
         raise CheckpointError(f"{load_path}: expected a checkpoint of this program, found one of the published code")
     out = out or checkpoint.path.with_name("export")
-    model = (checkpoint.spec, str(checkpoint.backbone_name), str(checkpoint.backbone_sha256), checkpoint.class_names)
+    backbone = shared_name(str(checkpoint.backbone_name), out)
+    model = (checkpoint.spec, backbone, str(checkpoint.backbone_sha256), checkpoint.class_names)
     trained = (checkpoint.contents, checkpoint.offset, checkpoint.training)
     described = describe(*model, checkpoint.tokenizer, *trained)
     runs = [run for run in find_runs(load_path.parent)[0] if run.folder == load_path.parent]

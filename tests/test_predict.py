@@ -17,9 +17,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from common.errors import CheckpointError, ConfigError, DataError
+from common.errors import BackboneError, CheckpointError, ConfigError, DataError
 from engine.checkpoint import read_checkpoint
 from engine.decision import best_offset
+from engine.exported import shared_name
 from engine.items import Item, read_items
 from engine.open_model import precision_of
 from engine.predict import Predictor, load_model
@@ -519,13 +520,37 @@ def test_an_exported_model_gives_the_results_of_its_checkpoint(workspace, traine
     assert all(fact in card for fact in ("fitted", "MM-IMDb", "rep", "70 % both", "Seed: 0", "Horror"))
     tested = read_json(trained.with_name("test_results.json"))
     assert f"trained parameters ({tested['trained_parameters']:,}) and" in card
+    named = read_json(out / "config.json")["rep"]["backbone"]["name"]
+    assert named == str(workspace.backbone.relative_to(workspace.root.parent)), "found from a folder above the export"
     texts = films.texts[:3]
+    moved = Path(shutil.copytree(out, tmp_path / "moved"))
+    (moved / "config.json").write_text((out / "config.json").read_text().replace(named, "not/here"))
+    with pytest.raises(BackboneError, match=r"vit=not/here: expected one of .* found nothing by that name"):
+        load_model(moved)
+    assert load_model(moved, vit=str(workspace.backbone)).predict(texts=texts) == load_model(out).predict(texts=texts)
     assert load_model(out).threshold == load_model(trained).threshold != 0.5
     assert load_model(out).predict(texts=texts) == load_model(trained).predict(texts=texts)
     options = ("bootstrap=0", "robustness_seeds=[0]")
     assert command_line(workspace.command(f"load_path={out}", *options, name="robustness")) == 0
     results = [read_json(place / "robustness" / "robustness.json")["cells"] for place in (trained.parent, out)]
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "shared"),
+    [
+        ("ViT-B/16", "/data/runs/export", "ViT-B/16"),
+        ("/data/clip/tiny", "/data/runs/export", "clip/tiny"),
+        ("/data/clip/tiny", "/data/clip/tiny/export", "tiny"),
+        ("/elsewhere/clip/tiny", "/data/runs/export", "tiny"),
+        ("{home}/clip/tiny", "{home}/runs/export", "clip/tiny"),
+        ("{home}/clip/tiny", "{users}/other/export", "tiny"),
+    ],
+)
+def test_an_export_names_no_folder_of_its_user(name: str, out: str, shared: str, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("HOME", "/users/me")
+    places = {"home": "/users/me", "users": "/users"}
+    assert shared_name(name.format(**places), Path(out.format(**places))) == shared
 
 
 def test_the_hub_can_read_the_card_of_an_export(trained: Path, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_robustness_runs_and_report_accept_sensors(root: Path, trained: Path, tm
     assert re.search("all . runs: .*state finished", said)
     assert call("report", f"runs={root / 'result'}", f"out={tmp_path / 'report'}") == 0
     page = page_text(tmp_path / "report")
-    assert "without acc, gyr" in page and "1 of 1 trained run with" in page and "no robustness results" not in page
+    assert "without acc + gyr" in page and "1 of 1 trained run with" in page and "no robustness results" not in page
 
 
 @pytest.mark.parametrize("network", ["swt", "deepsense"])

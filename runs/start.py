@@ -86,7 +86,8 @@ def log_remarks(options: Options, datasets: Mapping[Split, ArrowDataset]) -> Non
     training = datasets["train"]
     dataset, samples = training.spec, samples_of_epoch(options, training)
     absent = [] if options.prompt_type in PRETRAINING else training.absent_classes()
-    never = [f"{training.path}: no sample is of class {listed(absent)}, which cannot be learned"] if absent else []
+    which = "no sample" if options.label_ratio == 1 else f"with label_ratio={options.label_ratio:g}, no sample"
+    never = [f"{training.path}: {which} is of class {listed(absent)}, which cannot be learned"] if absent else []
     if options.prompt_type not in PRETRAINING and (remark := remark_on_validation(datasets["val"])):
         never.append(f"{datasets['val'].path}: {remark}")
     for remark in [*never, *remarks(options, dataset, samples)]:

@@ -103,7 +103,9 @@ def test_a_run_on_another_share_is_not_resumed(workspace: Workspace, tmp_path: P
     places = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "exp_name=few", "max_epoch=1", "resume_from=auto")
     for ratio in (0.3, 0.5):
         assert command_line(workspace.command(*places, f"label_ratio={ratio}")) == 0
-    assert "label_ratio (there 0.3, here 0.5)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "label_ratio (there 0.3, here 0.5)" in said
+    assert "mmimdb_train.arrow: with label_ratio=0.3, no sample is of class " in said
 
 
 @pytest.mark.parametrize(

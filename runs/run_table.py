@@ -128,7 +128,8 @@ def describe_runs(rows: Sequence[RunRow], log_dir: Path) -> str:
         shared.append(f"folder …/{rows[0].folder.name}")
     left_out = {"name", "seed", *same}
     left_out |= {"dataset"} if len(datasets) == 1 else set()
-    below = [row.note if row.note.startswith(REPEATS) else "" for row in rows]  # too long for a column
+    long = [row.state == "failed" or row.note.startswith(REPEATS) for row in rows]
+    below = [row.note if is_long else "" for is_long, row in zip(long, rows, strict=True)]
     texts["note"] = ["" if said else row.note for said, row in zip(below, rows, strict=True)]
     left_out |= set() if any(texts["note"]) else {"note"}
     left_out |= {AT_OFFSET} if all(row.f1_macro_at_offset is None for row in rows) else set()

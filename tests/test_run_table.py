@@ -104,6 +104,8 @@ def test_a_run_that_ended_with_an_error_has_failed(tmp_path: Path) -> None:
     assert call("runs", f"log_dir={tmp_path}") == 0
     [row] = read_csv(tmp_path / "runs.csv")
     assert (row["state"], row["note"]) == ("failed", "DataError: films.arrow: row 3: not an image")
+    said = describe_runs(list_runs(tmp_path), tmp_path).splitlines()
+    assert "a_seed0/version_0: DataError: films.arrow: row 3: not an image" in said  # below the table, not in it
     (folder / "error.txt").write_text(f"RuntimeError: {'x' * 500}\n")
     assert len(state_of(folder)[1]) == 100
     torch.save({"global_step": 6, "MissingModalityData": {"epoch": 3, "batches": 0}}, folder / "last.ckpt")

@@ -172,6 +172,7 @@ def _group(
             said = f"missing tables drawn after splits of other sizes than in {logits_path(first.run).parent}"
             raise DataError(f"{logits_path(each.run).parent}: {said}; run `python run.py robustness` again")
     metric = AT_OFFSET if at_offset else task.monitor
+    labels = [" ".join([str(line.options["prompt_type"]), *line.differing(lines)]) for line in lines]
     measure, comparisons = task.metrics.measures[task.monitor], []
     for pattern in _patterns(spec, trained_at, settings):
         tables = _tables(first, trained_at, pattern, settings)
@@ -189,8 +190,7 @@ def _group(
             difference, means = Difference(value, low, high, p), (first_mean, second_mean)
             comparison = Comparison(one, other, pattern, means, difference, of_seeds, task.monitor)
             comparisons.append(comparison)
-        log.info("%s, %s: compared %s", dataset, pattern.title, metric)
-    labels = [" ".join([str(line.options["prompt_type"]), *line.differing(lines)]) for line in lines]
+        log.info("%s, %s: compared %s by %s", dataset, pattern.title, ", ".join(labels), metric)
     answers = baselines(task, first.split.labels, first.class_names)
     return Group(
         dataset, task, metric, trained_at, drawing, lines, labels, len(first.split.labels), answers, comparisons

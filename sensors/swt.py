@@ -1,4 +1,4 @@
-"""The SW-Transformer for one modality: windows on a grid of intervals × frequencies, in stages, and slots beside it.
+"""The SW-Transformer for one modality: windows on a grid of intervals × frequencies, in stages, with slots alongside.
 
 Shape suffixes: b samples with the modality, H × W grid of tokens, L = HW, n windows, t tokens of a window, P slots,
 C width of a stage, h heads, d width of a head, E width of features.

@@ -17,11 +17,12 @@ from common.text import (
     terminal_table,
 )
 from engine.exported import is_exported
-from engine.robustness import PATTERN, Results
+from engine.robustness import Results
 from runs.check_options import read_load_paths
 from runs.evaluation import measure_mean, measure_target
 from runs.lines import RunLine, lines_of, spread_of
 from runs.pattern import Pattern
+from runs.stored_results import cells_by_pattern
 from runs.targets import Target, dataset_of, open_targets
 from vilt.missing_types import BOTH
 
@@ -64,8 +65,7 @@ Cells = dict[Pattern, dict[str, Any]]
 
 
 def _cells(target: Target, found: Results) -> Cells:
-    spec = target.store.dataset.spec
-    return {Pattern.of(spec, *(cell[name] for name in PATTERN)): cell for cell in found["cells"]}
+    return cells_by_pattern(target.store.dataset.spec, found["cells"])
 
 
 def _kinds(patterns: Iterable[Pattern]) -> dict[Pattern, str]:

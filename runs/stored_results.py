@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from engine.robustness import FORMAT, PATTERN
 from engine.stored_logits import SplitLogits, read_split
 from runs.pattern import Pattern
 from runs.run_reader import Run, as_written_by_run
+from vilt.datasets.specs import DatasetSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +84,7 @@ def read_robustness(run: Run) -> Robustness | None:
         if not isinstance(rows, list) or len(rows) not in (0, 2) or any(type(n) is not int or n < 1 for n in rows):
             raise ValueError(f"rows_before: expected an empty list or two numbers of rows, found {quoted(rows)}")
         raw = {"baselines": {}, **_undefined_as_nan(written)}  # results of older versions have no baselines
-        cells = {Pattern.of(run.spec, *(cell[name] for name in PATTERN)): cell for cell in raw["cells"]}
-        return Robustness(raw, cells, offset)
+        return Robustness(raw, cells_by_pattern(run.spec, raw["cells"]), offset)
 
 
 def _undefined_as_nan(value: Any) -> Any:
@@ -108,3 +109,8 @@ def read_logits(run: Run, results: Robustness) -> StoredLogits | None:
         if ours != theirs:
             raise DataError(f"{path}: logits of another {what}: expected {ours}, found {quoted(theirs)}")
     return StoredLogits(split, names)
+
+
+def cells_by_pattern(spec: DatasetSpec, cells: Iterable[dict[str, Any]]) -> dict[Pattern, dict[str, Any]]:
+    """The cells of robustness.json, keyed by their pattern."""
+    return {Pattern.of(spec, *(cell[name] for name in PATTERN)): cell for cell in cells}

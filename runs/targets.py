@@ -16,13 +16,14 @@ from engine.checkpoint import Checkpoint, TrainingRecord, check_classes, read_ch
 from engine.exported import WEIGHTS, is_exported
 from engine.families import BackboneChoice, family_of
 from engine.open_model import precision_of
-from engine.robustness import PATTERN, Subject
+from engine.robustness import Subject
 from engine.stored_logits import LogitStore
 from engine.tasks import task_of, with_published_f1
 from runs.check_options import check, read_load_paths
 from runs.comparable import other_input
 from runs.pattern import Pattern
 from runs.run_reader import Run, find_runs, read_run
+from runs.stored_results import cells_by_pattern
 from runs.sweep.jobs import search_of
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.open_spec import open_spec, rows_of_splits
@@ -243,7 +244,7 @@ def _stored_cells(store: LogitStore, checkpoint_sha256: str) -> set[Pattern]:
     with suppress(DataError, AttributeError, LookupError, TypeError, ValueError):
         written = read_json(store.folder / "robustness.json")
         if written["checkpoint_sha256"] == checkpoint_sha256:
-            return {Pattern.of(store.dataset.spec, *(cell[name] for name in PATTERN)) for cell in written["cells"]}
+            return set(cells_by_pattern(store.dataset.spec, written["cells"]))
     return set()
 
 

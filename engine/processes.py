@@ -17,8 +17,9 @@ from common.signals import Stopped
 from engine.ending import OUR_FAULT, USER_ERROR
 
 NOT_CONNECTED = (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
-SECONDS_TO_END = 5
-"""How long to wait for a process that closed its connections to end."""
+SECONDS_TO_END, SECONDS_IF_LOST = 5, 60
+"""How long to wait for another process to end after an error here, and after one that says its connection is lost: on a
+busy machine, seconds pass between the two."""
 LOST = re.compile("connection (was )?(closed|reset|refused)|broken pipe|failed to recv", re.IGNORECASE)
 """Matches torch's errors when the process at the other end is gone."""
 
@@ -44,8 +45,9 @@ def ending_together(trainer: pl.Trainer) -> Iterator[None]:
         others: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
         started = list(others)
         others.clear()  # Lightning watches this list, and would kill this process too
-        lost = isinstance(error, RuntimeError) and not isinstance(error, NOT_CONNECTED)  # perhaps a lost connection
-        failed = _first_failed(started) if lost and started else None
+        may_be_lost = isinstance(error, RuntimeError) and not isinstance(error, NOT_CONNECTED)
+        lost = may_be_lost and LOST.search(str(error)) is not None
+        failed = _first_failed(started, SECONDS_IF_LOST if lost else SECONDS_TO_END) if may_be_lost else None
         for process in started:
             process.kill()
         if failed is not None:
@@ -60,16 +62,16 @@ def ending_together(trainer: pl.Trainer) -> Iterator[None]:
                 f"the processes of the run cannot connect at {at}: {first_line(error)}; set MASTER_PORT to a free "
                 f"port, or leave it out on a single machine"
             ) from error
-        if trainer.global_rank and lost and LOST.search(str(error)):
+        if trainer.global_rank and lost:
             message = f"process {trainer.global_rank} lost the others of the run: their message is above"
             raise OtherProcessError(message, OUR_FAULT) from error
         raise
 
 
-def _first_failed(processes: list["subprocess.Popen[bytes]"]) -> "subprocess.Popen[bytes] | None":
-    """The first process to have failed, or to fail within SECONDS_TO_END; None if there is none."""
-    until = time.monotonic() + SECONDS_TO_END
-    while time.monotonic() < until:
+def _first_failed(processes: list["subprocess.Popen[bytes]"], seconds: int) -> "subprocess.Popen[bytes] | None":
+    """The first of `processes` to have failed, or to fail within `seconds`; None if there is none."""
+    until = time.monotonic() + seconds
+    while processes and time.monotonic() < until:
         for process in processes:
             if process.poll():
                 return process

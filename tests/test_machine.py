@@ -1,17 +1,15 @@
 """Commands on terminals limited to ASCII, on other systems, and on shared cores."""
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import make_arrow
 from common import machine
-from common.machine import keep_freed_memory, settle_threads, threads_wait
+from common.machine import settle_threads, threads_wait
 from demo.__main__ import main as demo
 from run import command_line
 from tests.conftest import Captured, Patch
@@ -67,14 +65,24 @@ def test_other_systems_are_refused(system: str, monkeypatch: Patch, capsys: Capt
     assert [f"expected Linux, found {system}" in line for line in said.err.splitlines()] == [True] * 3
 
 
-def test_freed_memory_is_reused() -> None:
+FAULTS = """
+import resource, torch
+from common.machine import keep_freed_memory
+{setting}
+for _ in range(8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    [torch.ones((1 + i % 5) * 2**18) for i in range(40)]  # 1 to 5 MiB each
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+"""Prints how many pages the system had to provide for tensors of sizes that had all been freed before."""
+
+
+@pytest.mark.parametrize(("setting", "is_reused"), [("", False), ("keep_freed_memory()", True)])
+def test_freed_memory_is_reused(setting: str, is_reused: bool) -> None:
     """It is not returned to the system, which would have to zero the pages of each new tensor."""
-    keep_freed_memory()
-    faults = []
-    for _ in range(8):
-        sum(torch.ones(5 * 2**20) for _ in range(3))  # 20 MiB each
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    assert faults[-1] - faults[4] < 256
+    code = [sys.executable, "-c", FAULTS.format(setting=setting)]
+    done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 1000) == is_reused
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from common.errors import ConfigError, MachineError
+import engine.processes
+from common.errors import ConfigError, MachineError, OtherProcessError
 from common.launcher import check_launcher
 from config import DEFAULTS
 from engine.processes import ending_together
@@ -136,6 +137,15 @@ def test_a_port_in_use_is_a_clear_error(monkeypatch: Patch) -> None:
     with pytest.raises(MachineError) as raised, ending_together(trainer):
         raise refused
     assert all(fact in str(raised.value) for fact in ("127.0.0.1:29777", "EADDRINUSE", "MASTER_PORT"))
+
+
+def test_an_error_of_a_lost_connection_waits_for_the_process_that_fails(monkeypatch: Patch) -> None:
+    """Otherwise this process would print a traceback of its own next to the other's message."""
+    monkeypatch.setattr(engine.processes, "SECONDS_TO_END", 0)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1); raise SystemExit(2)"]) as other:
+        trainer: Any = SimpleNamespace(global_rank=0, strategy=SimpleNamespace(launcher=SimpleNamespace(procs=[other])))
+        with pytest.raises(OtherProcessError, match=r"process 1 .* status 2"), ending_together(trainer):
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
 
 
 @pytest.mark.parametrize(("step", "left"), [(None, set()), ("0", {"SLURM_NTASKS", "SLURM_PROCID"})])

@@ -94,15 +94,18 @@ def count_long_texts(split: SplitSummary, column: str) -> int:
 
 def describe(splits: Sequence[SplitSummary], class_names: Sequence[str]) -> str:
     """Formats the files written for the terminal: their sizes, label counts per split, remarks."""
+    with_texts = any(split.n_texts for split in splits)
 
     def row(name: str, parts: Sequence[SplitSummary], remark: str) -> tuple[str, ...]:
-        n_samples, n_texts = sum(part.n_samples for part in parts), sum(part.n_texts for part in parts)
-        return (name, f"{n_samples:,}", f"{n_texts:,}", filesize.decimal(sum(part.n_bytes for part in parts)), remark)
+        texts = (f"{sum(part.n_texts for part in parts):,}",) if with_texts else ()
+        n_samples, n_bytes = sum(part.n_samples for part in parts), sum(part.n_bytes for part in parts)
+        return (name, f"{n_samples:,}", *texts, filesize.decimal(n_bytes), remark)
 
     files = [row(s.path.name, [s], "replaced" if s.replaced else "") for s in splits]
     counts = [[printable(name), *(f"{s.label_counts[n]:,}" for s in splits)] for n, name in enumerate(class_names)]
+    heads = ("file", "samples", *(("texts",) if with_texts else ()), "size", "")
     lines = [
-        terminal_table(("file", "samples", "texts", "size", ""), [*files, None, row("total", splits, "")], "<>>><"),
+        terminal_table(heads, [*files, None, row("total", splits, "")], "<" + ">" * (len(heads) - 2) + "<"),
         "",
         terminal_table(["label", *(s.name for s in splits)], counts, "<" + ">" * len(splits)),
         "",

@@ -29,8 +29,10 @@ def converted(dataset: str, raw: Path, *options: str) -> dict[str, pa.Table]:
     return {path.stem.rpartition("_")[2]: read_arrow(path) for path in (raw / "out").glob("*.arrow")}
 
 
-def test_a_sensor_dataset_is_cut_into_samples_and_intervals(tmp_path: Path) -> None:
+def test_a_sensor_dataset_is_cut_into_samples_and_intervals(tmp_path: Path, capsys: Captured) -> None:
     tables = converted("sensors", write_set(tmp_path))
+    said = capsys.readouterr().out
+    assert "samples" in said and "texts" not in said
     assert {split: len(found) for split, found in tables.items()} == {"train": 48, "val": 12, "test": 12}
     spec = open_spec("sensors", tmp_path / "out", SPLITS)
     assert spec.title == "made_up" and spec.class_names == ("slow", "fast")

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -85,6 +85,7 @@ class Listed(NamedTuple):
     """`supervised`, `pretrain` or `unused`."""
 
 
+@cache
 def runs() -> list[Listed]:
     """The rows of mod_runs.csv, which lists the recordings of MOD."""
     columns = ["run", "node", "cut_start_s", "cut_end_s", "used_for"]

@@ -14,9 +14,11 @@ from common.readers import Reader, one_of, text, wrong
 from vilt.datasets.custom import CUSTOM
 from vilt.datasets.specs import DATASETS, EVERY_DATASET, SPLITS, VALIDATION, DatasetSpec
 from vilt.missing_tables import PUBLISHED
-from vilt.missing_types import BOTH, JOIN, pattern_type
+from vilt.missing_types import ANY, BOTH, JOIN, SOME, pattern_type
 
 MISSING_TYPES = list(EVERY_DATASET[CUSTOM].missing_types)
+OF_OTHERS = {ANY: BOTH, SOME: BOTH, BOTH: ANY}
+"""What a missing type is called with another number of modalities."""
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -52,12 +54,15 @@ class MissingTypeReader:
             value = known if self.otherwise is None else self.otherwise if self.otherwise in known else BOTH
         if row is not None and not row.modalities:  # known only from the data
             return self.shape(text)(option, value)
-        if row is None or len(row.modalities) == 2:
-            return self.shape(one_of(*known))(option, value)
+        modalities = EVERY_DATASET[CUSTOM].modalities if row is None else row.modalities
 
         def read(option: str, value: Any) -> str:
-            if (found := pattern_type(row.modalities, str(value))) is None:
-                raise wrong(option, f"{' or '.join(known)}, or several as {JOIN.join([*row.modalities][:2])}", value)
+            if (found := pattern_type(modalities, str(value))) is None:
+                several = f", or several as {JOIN.join([*modalities][:2])}" if len(modalities) > 2 else ""
+                error = wrong(option, f"{' or '.join(known)}{several}", value)
+                like = OF_OTHERS.get(str(value))
+                hint = f"; did you mean {like}?" if like in known else suggestion(value, known)
+                raise ConfigError(f"{error}{hint}")
             return found
 
         return self.shape(read)(option, value)

@@ -29,6 +29,7 @@ WRONG = {
     "test_ratio=70": "test_ratio: expected a number from 0 to 1, found 70",
     "both_ratio=2": "both_ratio: expected a number from 0 to 1, found 2",
     "missing_type=picture": "missing_type: expected text or image or both, found 'picture'",
+    "missing_type=any": "missing_type: expected text or image or both, found 'any'; did you mean both?",
     "missing_type.test=none": "missing_type.test: expected text or image or both, found 'none'",
     "test_type=audio": "test_type: expected text or image or both, found 'audio'",
     "prompt_type=input": "prompt_type: expected rep or dcp or map_input or map_attention or maple or coop or msp or",

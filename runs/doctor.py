@@ -112,6 +112,7 @@ class Doctor:
     backbone: FrozenWeights | None = None
     inputs: InputFormat | None = None
     datasets: dict[Split, ArrowDataset] = field(default_factory=dict)
+    agree: bool = False  # whether the options were checked and do not contradict each other
     run_bytes: int = 2**30  # size of the run folder in the end; a guess until the training step has run
 
     def __post_init__(self) -> None:
@@ -125,6 +126,7 @@ class Doctor:
 
     def check_options(self) -> Found:
         check_together(self.options)
+        self.agree = True
         return "ok", f"{counted(self.options.batch_size, 'sample')} a step, {counted(self.options.max_epoch, 'epoch')}"
 
     def check_device(self) -> Found:
@@ -188,6 +190,8 @@ class Doctor:
 
     def check_step(self) -> Found:
         """Runs two training steps on real samples, the second of them timed, and a validation."""
+        if not self.agree:
+            return "warn", "not tried, since the options contradict each other"
         options, train = self.options, self.datasets.get("train")
         if self.backbone is None or self.inputs is None or train is None or "val" not in self.datasets:
             return "warn", "not tried, since it needs backbone, tokenizer, train data and val data"

@@ -208,6 +208,7 @@ def test_absent_weights_tokenizer_and_data_fail(examine: Examine, tmp_path: Path
 def test_contradictory_options_fail(examine, option, subject, fact):
     found = examine(option)
     assert found.status == 2 and subject in found.failed() and fact in found.text[subject]
+    assert (found.level["training step"] == "warn") == (subject == "options"), "options that disagree are not tried"
 
 
 def test_a_missing_task_or_an_invalid_option_fails(examine, capsys, workspace):

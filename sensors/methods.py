@@ -63,6 +63,9 @@ class Supervised(WholeBackbone):
         kept_B, present_B = torch.zeros(B), torch.zeros(B)
         for name, x_b in batch.inputs.items():
             rows = batch.rows[name].cpu()
+            if not len(rows):  # no sample of the batch has it
+                inputs[name] = x_b
+                continue
             index_B = torch.full((B,), -1)
             index_B[rows] = torch.arange(len(rows))
             partner_b = index_B[other_B[rows]]

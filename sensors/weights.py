@@ -51,7 +51,8 @@ def sizes_for(data: DatasetSpec, network: Mapping[str, Any], scale: Mapping[str,
     common, own = (each.get(data.name, each["sensors"]) for each in (KNOWN, KNOWN_DEEPSENSE))
     wanted = {**common, **(own if kind != SWT else {}), **network}
     per_modality = [field.name for field in fields(ModalitySizes) if field.name not in ("channels", "samples")]
-    general = [field.name for field in fields(SensorSizes) if field.name not in ("network", "intervals", "modalities")]
+    measured = ("network", "intervals", "modalities", "input_scale")  # by the data, or named differently
+    general = [field.name for field in fields(SensorSizes) if field.name not in measured]
     if unknown := [name for name in network if name not in (*per_modality, *general, "type")]:
         known = ", ".join(sorted(["type", *per_modality, *general]))
         raise ConfigError(f"network: expected {known}, found {unknown[0]!r}")

@@ -33,6 +33,7 @@ from tests.sensor_files import ROWS, write_set
 from tests.test_resume import interrupt
 from tests.test_sensor_rep import ALL, make, signals_of
 from vilt.datasets.arrow_dataset import ArrowDataset
+from vilt.datasets.kinds import ArrayKind
 from vilt.datasets.open_spec import open_spec
 
 NETWORK = ("network.width=8", "network.blocks=[1,1]", "network.feature_width=12", "network.projection_width=6")
@@ -184,6 +185,7 @@ def test_a_warm_start_from_another_family_is_refused(root: Path, monkeypatch: Pa
     [
         (("network.width=none",), "network: width: expected int, found 'none'"),
         (("network.depth=3",), "network: expected "),
+        (("network.input_scale={'acc':2.0}",), "network: expected "),
         (("network.type=resnet",), "network.type: expected swt or deepsense, found 'resnet'"),
         (("network.patch={'acc':[1,2],'gyro':[1,2]}",), "network.patch: expected acc or gyr or lig, found 'gyro'"),
         (("network.window=[3]",), "network: window: expected two sizes, found [3]"),
@@ -195,7 +197,7 @@ def test_a_warm_start_from_another_family_is_refused(root: Path, monkeypatch: Pa
         (("train_ends=True",), "train_ends: is not an option of task=sensors, found True"),
         (("vit_activation=gelu",), "vit_activation: is not an option of task=sensors, found gelu"),
         (("missing_type=image",), "any or some, or several as acc+gyr, found 'image'"),
-        (("missing_type=both",), "any or some, or several as acc+gyr, found 'both'"),
+        (("missing_type=both",), "any or some, or several as acc+gyr, found 'both'; did you mean any?"),
         (("prompt_type=coop",), "prompt_type: expected rep or none or full or focal with task=sensors, found coop"),
         (("network.type=deepsense", "prompt_type=rep"), "expected network.type=swt"),
         (("memory_depth=7",), "memory_depth=7 needs more blocks than the backbone has"),
@@ -301,6 +303,22 @@ def test_mixed_samples_have_mixed_labels() -> None:
             assert mixed.inputs[name].shape == x.shape
         logits, _ = classifier.training_outputs(mixed, shares)
         assert torch.isfinite(torch.nn.functional.cross_entropy(logits, shares))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_batch_in_which_all_samples_lack_a_modality_can_be_mixed(seed: int) -> None:
+    from sensors.methods import Supervised
+
+    classifier = make(kind=Supervised)
+    name, *others = classifier.model.places
+    signals = signals_of(classifier.model.sizes, 5)  # type: ignore[arg-type]
+    batch = batch_of(signals, torch.tensor([[False, True, True]] * 5))
+    batch = batch._replace(inputs={**batch.inputs, name: ArrayKind.collate([]).input_b})
+    torch.manual_seed(seed)
+    mixed, shares = classifier.method.augment(batch, torch.arange(5) % 4, 4)
+    assert torch.allclose(shares.sum(dim=1), torch.ones(5))
+    assert all(mixed.inputs[other].shape == signals[other].shape for other in others)
+    assert torch.isfinite(classifier.training_outputs(mixed, shares)[0]).all()
 
 
 def test_recordings_are_predicted_sample_by_sample(root: Path, trained: Path, tmp_path: Path) -> None:

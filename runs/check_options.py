@@ -36,7 +36,7 @@ OWNERS: dict[str, tuple[str, tuple[str, ...]]] = {
 """Options, or prefixes of them, that only some heads or methods have: the option that selects those, and its values."""
 FAMILIES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("train_ends", "tokenizer", "vit_activation", "image_size", "image_cache"), (CLIP,)),
-    **dict.fromkeys(("rdn_hidden", "train_pooler"), (VLA,)),
+    **dict.fromkeys(("rdn_hidden", "mask_readout", "train_pooler"), (VLA,)),
     "network": ("sensors", VLA),
 }
 """Options that exist only for some backbone families."""

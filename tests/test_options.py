@@ -64,6 +64,7 @@ WRONG = {
     "decay_power=plateau warmup_steps=0 end_lr=1e-5": "end_lr: expected 0 with decay_power=plateau",
     "network.width=64": "network: is not an option of task=mmimdb, found {'width': 64}",
     "rdn_hidden=8": "rdn_hidden: is not an option of task=mmimdb, found 8",
+    "prompt_type=mora mask_readout=True": "mask_readout: is not an option of task=mmimdb, found True",
     "prompt_type=none train_pooler=True": "train_pooler: is an option of prompt_type=rep, found prompt_type=none",
     "end_lr=1": "end_lr: expected less than learning_rate=0.01, found 1",
     "precision=8": "precision: expected 32, 16, bf16 or published, found '8'",

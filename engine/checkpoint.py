@@ -160,7 +160,8 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
         raise ValueError(f"text_windows: expected 1 with {whose}; found {windows}")
     parts += windows > 1  # text windows are pooled by mean and maximum
     if spec.head != "linear" and parts != len(backbone.places):
-        raise ValueError(f"head: expected linear, as features are not concatenated, found {spec.head}")
+        why = f"with text_windows={windows}" if windows > 1 else "as features are not concatenated"
+        raise ValueError(f"head: expected linear {why}, found {spec.head}")
     head = head_class(spec.head)(parts, backbone.embed_dim, task.n_classes, spec.method)
     if backbone.plain_head and isinstance(head, LinearHead):
         head.reset_parameters()

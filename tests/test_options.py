@@ -36,6 +36,7 @@ WRONG = {
     "head=cosine": "head: expected linear or linear_by_type or dpl, found 'cosine'",
     "dpl_margins=[0.1,0.2]": "dpl_margins: expected one value, or a list of 3, found [0.1, 0.2]",
     "dpl_margins=2": "dpl_margins: expected",
+    "prompt_type=none head=dpl text_windows=3": "head: expected linear with text_windows=3, found dpl",
     "dpl_contrast_weight=1": "dpl_contrast_weight: is an option of head=dpl, found head=linear",
     "prompt_type=none prompt_length=9": "prompt_length: is an option of prompt_type=mplmm or mplmm_described",
     "far=no": "far: expected True or False, found 'no'",

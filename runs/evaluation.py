@@ -100,9 +100,11 @@ def open_data(options: Options, inputs: InputFormat) -> MissingModalityData:
     data = MissingModalityData(options.data_settings(), options.splits, inputs)
     for split, dataset in data.datasets.items():
         if (samples := len(dataset.chosen)) < options.processes:
+            few = split == "train" and options.label_ratio < 1
+            remedy = "a larger label_ratio" if few else "fewer processes (num_gpus, num_nodes or cpu_processes)"
             raise ConfigError(
                 f"{dataset.path}: expected at least one sample for each of the {options.processes} processes, found "
-                f"{samples} in {split}; use fewer processes (num_gpus, num_nodes or cpu_processes)"
+                f"{samples} in {split}; use {remedy}"
             )
     log.info("data of %s:\n%s", options.data_root, data.describe())
     return data

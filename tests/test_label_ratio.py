@@ -113,7 +113,10 @@ def test_a_run_on_another_share_is_not_resumed(workspace: Workspace, tmp_path: P
     [
         (("label_ratio=0",), "label_ratio: expected a number above 0 and at most 1, found 0"),
         (("label_ratio=1.5",), "label_ratio: expected a number above 0 and at most 1, found 1.5"),
-        (("label_ratio=0.01",), "expected at least one sample for each of the 1 processes, found 0 in train"),
+        (
+            ("label_ratio=0.01",),
+            "expected at least one sample for each of the 1 processes, found 0 in train; use a larger label_",
+        ),
     ],
 )
 def test_a_share_without_samples_is_refused(workspace: Workspace, capsys: Captured, options, said) -> None:

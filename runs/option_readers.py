@@ -3,7 +3,7 @@
 Nothing here loads torch; see `config.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -41,7 +41,8 @@ class MissingTypeReader:
 
     Args:
         shape: turns a reader of one missing type into a reader of the option.
-        default: the option's default. In its place, tasks with other types get `otherwise`, or all of their types.
+        default: the option's default. In its place, tasks with other types get `otherwise`, or all of their types. Of
+            a default keyed by split, entries that were not set are replaced.
     """
 
     shape: Callable[[Reader], Reader]
@@ -50,8 +51,12 @@ class MissingTypeReader:
 
     def __call__(self, option: str, value: Any, row: DatasetSpec | None = None) -> Any:
         known = MISSING_TYPES if row is None else list(row.missing_types)
-        if value and value == self.default and known != MISSING_TYPES:
-            value = known if self.otherwise is None else self.otherwise if self.otherwise in known else BOTH
+        if value and known != MISSING_TYPES:
+            other = self.otherwise if self.otherwise in known else BOTH
+            if value == self.default:
+                value = known if self.otherwise is None else dict.fromkeys(value, other)
+            elif isinstance(value, Mapping) and row is not None and option not in row.options:  # one entry was set
+                value = {name: other if each == self.default[name] else each for name, each in value.items()}
         if row is not None and not row.modalities:  # known only from the data
             return self.shape(text)(option, value)
         modalities = EVERY_DATASET[CUSTOM].modalities if row is None else row.modalities

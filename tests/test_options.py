@@ -13,9 +13,9 @@ from common.errors import ConfigError
 from config import DEFAULTS, OPTIONS, Options
 from run import command_line
 from runs import start
-from runs.check_options import check
+from runs.check_options import check, read_options
 from tests.conftest import Captured, Workspace, error_line
-from vilt.datasets.specs import DATASETS
+from vilt.datasets.specs import DATASETS, SPLITS
 
 WRONG = {
     "seed=08": "seed: expected an integer of at least 0, found '08'",
@@ -165,6 +165,16 @@ def test_one_value_serves_all_splits_and_the_test_options_override_two(workspace
     options = config_with(workspace, missing_ratio=0.5, missing_type="text", test_ratio=0.9, test_type="image")
     assert options.missing_ratio == {"train": 0.5, "val": 0.9, "test": 0.9}
     assert options.missing_type == {"train": "text", "val": "image", "test": "image"}
+
+
+@pytest.mark.parametrize("given", ["any", "Acc+Mag"])
+def test_a_split_may_have_a_missing_type_of_its_own_where_both_does_not_exist(given: str) -> None:
+    """The other splits have the default of such a task."""
+    config = {**DEFAULTS, "task": "pamap2", "missing_type": {**DEFAULTS["missing_type"], "train": given}}
+    assert read_options(config, ["missing_type"])["missing_type"] == {"train": given, "val": "any", "test": "any"}
+    with pytest.raises(ConfigError, match=r"missing_type\.train: expected .*, found 'both'; did you mean any\?"):
+        of_mosi = {"task": "mosi", "missing_type": dict.fromkeys(SPLITS, "some") | {"train": "both"}}
+        read_options({**config, **of_mosi}, ["missing_type"])
 
 
 def test_accumulation_counts_all_processes(workspace: Workspace) -> None:

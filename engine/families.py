@@ -147,7 +147,7 @@ class SensorFamily(Family):
 
         if (ours := backbone_in(Path(vit))) is not None:
             if trained_on is None:
-                sizes = self._sizes(choice, scaled=False)
+                sizes = self._sizes(choice._replace(network=None), scaled=False)
                 expected, found = shapes_of(sizes), shapes_of(ours.architecture)
                 if found != expected:
                     raise BackboneError(f"vit: expected a backbone of {expected}, found one of {found} in {vit}")
@@ -160,7 +160,7 @@ class SensorFamily(Family):
 
     def _check_network(self, choice: BackboneChoice, trained: SensorSizes, source: str) -> None:
         if choice.network:
-            sizes = self._sizes(choice, scaled=False)
+            sizes = self._sizes(choice._replace(network={"type": trained.network, **choice.network}), scaled=False)
             asked = {entry: size_of(sizes, entry) for entry in choice.network}
             check_network(choice._replace(network=asked), partial(size_of, trained), source)
 

@@ -7,6 +7,11 @@ from common.records import record_of
 
 SWT, DEEPSENSE = NETWORKS = ("swt", "deepsense")
 MOST_MODALITIES = 4
+OF_NETWORK = {
+    SWT: ("patch", "window", "blocks", "heads", "feature_width", "train_patch_embed"),
+    DEEPSENSE: ("kernel", "stride", "inner_kernel", "inner_layers", "recurrent_width"),
+}
+"""The sizes that only one network has."""
 
 
 def check_sizes(sizes: object, *names: str) -> None:
@@ -45,7 +50,7 @@ class ModalitySizes:
 
 @dataclass(frozen=True)
 class SensorSizes:
-    """Sizes of a backbone. Fields that only the other network needs are ignored."""
+    """Sizes of a backbone. Fields that only the other network has (OF_NETWORK) are ignored."""
 
     network: str
     """One of NETWORKS."""

@@ -15,7 +15,7 @@ from common.messages import first_line
 from common.records import record_of
 from common.torch_file import check_state, load_inert, state_dict_of
 from sensors.backbone import build, is_unused_entry
-from sensors.sizes import MOD_SIZES, NETWORKS, SWT, ModalitySizes, SensorSizes
+from sensors.sizes import MOD_SIZES, NETWORKS, OF_NETWORK, SWT, ModalitySizes, SensorSizes
 from vilt.datasets.specs import DatasetSpec
 
 RANDOM = "random"
@@ -57,6 +57,8 @@ def sizes_for(data: DatasetSpec, network: Mapping[str, Any], scale: Mapping[str,
         known = ", ".join(sorted(["type", *per_modality, *general]))
         raise ConfigError(f"network: expected {known}, found {unknown[0]!r}")
     for entry, value in network.items():
+        if owner := next((other for other in NETWORKS if other != kind and entry in OF_NETWORK[other]), None):
+            raise ConfigError(f"network.{entry}: is a size of network.type={owner}, found network.type={kind}")
         if isinstance(value, dict) and (others := [name for name in value if name not in data.modalities]):
             raise ConfigError(f"network.{entry}: expected {' or '.join(data.modalities)}, found {others[0]!r}")
     modalities = {}

@@ -150,7 +150,8 @@ def test_robustness_runs_and_report_accept_sensors(root: Path, trained: Path, tm
 
 @pytest.mark.parametrize("network", ["swt", "deepsense"])
 def test_supervised_training_of_both_networks(root: Path, network: str) -> None:
-    sizes = (*NETWORK, f"network.type={network}", "network.recurrent_width=4", "missing_type=acc", "max_epoch=1")
+    own = NETWORK if network == "swt" else ("network.width=8", "network.recurrent_width=4")
+    sizes = (*own, f"network.type={network}", "missing_type=acc", "max_epoch=1")
     assert command_line(command(root, "task_finetune_sensors", "supervised", f"exp_name={network}", *sizes)) == 0
     state = state_of(root / "result" / f"{network}_seed0" / "version_0" / "best.ckpt")
     statistics = [name for name in state if name.endswith("running_var")]
@@ -190,8 +191,13 @@ def test_a_warm_start_from_another_family_is_refused(root: Path, monkeypatch: Pa
         (("network.patch={'acc':[1,2],'gyro':[1,2]}",), "network.patch: expected acc or gyr or lig, found 'gyro'"),
         (("network.window=[3]",), "network: window: expected two sizes, found [3]"),
         (("network.blocks=[]",), "network: blocks: expected integers of at least 1, found []"),
+        (("network.kernel=5",), "network.kernel: is a size of network.type=deepsense, found network.type=swt"),
+        (("network.type=deepsense", "network.heads=2"), "network.heads: is a size of network.type=swt, found"),
         (("network.type=deepsense", "network.kernel=0"), "network: kernel: expected integers of at least 1, found 0"),
-        (("network.inner_layers=-1",), "inner_layers and temperature: expected at least 0 and above 0, found -1 and"),
+        (
+            ("network.type=deepsense", "network.inner_layers=-1"),
+            "inner_layers and temperature: expected at least 0 and above 0, found -1 and",
+        ),
         (("network.projection_width=5",), "expected an even number (shared and private half), found 5"),
         (("network.heads=3",), "network: width and feature_width: expected multiples of heads=3, found 32 and 128"),
         (("train_ends=True",), "train_ends: is not an option of task=sensors, found True"),

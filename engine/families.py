@@ -202,6 +202,7 @@ class VlaFamily(Family):
         theirs = checkpoint.spec.architecture
         if not isinstance(theirs, VlaArchitecture):
             raise BackboneError(f"vit: expected a checkpoint of stage 1, found one of {checkpoint.spec.task} in {vit}")
+        check_network(choice, partial(getattr, theirs), vit)
         start = None if checkpoint.published else self.load(BackboneChoice(checkpoint.backbone_place), theirs)
         state = restore_classifier(checkpoint, start).state_dict()
         return vla_weights.taken_over(vit, state, theirs, trained_on or ours)

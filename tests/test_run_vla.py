@@ -275,6 +275,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("prompt_type=dcp",), "prompt_type: expected rep or mplmm or mplmm_described or none or full"),
     (("missing_type=image",), "any or some, or several as text+audio, found 'image'"),
     (("network.width=16",), "network.width: expected 8"),
+    (("network.layers=5",), "network.layers: expected 2"),
     (("finetune_first=True",), "finetune_first: expected a model whose head fits, found the backbone"),
     (("image_cache=True",), "image_cache: is not an option of task=mosi, found True"),
     (("network.depth=1",), "network: expected width, heads, layers, found depth"),

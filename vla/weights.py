@@ -54,16 +54,12 @@ def taken_over(name: str, state: Mapping[str, Tensor], theirs: VlaArchitecture, 
 
     Args:
         state: state dict of the whole classifier of stage 1.
+        ours: the architecture for our data; its sizes of the network do not count.
     """
-    sizes = {size: getattr(theirs, size) for size in SIZES}
-    for size, expected in sizes.items():
-        found = getattr(ours, size)
-        if found not in (expected, getattr(VlaArchitecture, size)):  # the default defers to stage 1
-            raise BackboneError(f"network.{size}: expected {expected}, as in {name}, found {found}")
     shared = [entry for entry in VlaBackbone(theirs).state_dict() if not entry.startswith("proj_")]
     own = {entry: state[f"model.{entry}"] for entry in shared}
     left = tuple(entry for entry in state if entry.removeprefix("model.") not in shared)
-    architecture = replace(ours, **sizes, project_all=True)
+    architecture = replace(ours, **{size: getattr(theirs, size) for size in SIZES}, project_all=True)
     return FrozenWeights(name, architecture, own, left)
 
 

@@ -67,8 +67,8 @@ def losses_of(side: Side) -> Step:
 def captured(side: Side) -> tuple[GraphedSteps, GraphedForward]:
     """Training step and evaluation as used by a training run on a GPU."""
     use_ops(side.model, compiled())
-    recordings, trained = CapturedGraphs(), [p for p in side.model.parameters() if p.requires_grad]
-    return GraphedSteps(losses_of(side), trained, recordings), GraphedForward(side.model.__call__, recordings)
+    graphs, trained = CapturedGraphs(), [p for p in side.model.parameters() if p.requires_grad]
+    return GraphedSteps(losses_of(side), trained, graphs), GraphedForward(side.model.__call__, graphs)
 
 
 def train(side: Side, step: Step, data: Data) -> None:
@@ -126,9 +126,7 @@ def steps(device: torch.device, sizes: Sequence[int]) -> Rows:
                     yield f"training, {size}, {way}, new shapes", rate(work, batches, again=False)
                 found = rate(work, batches, again=True)
             memory = f", {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB" if on_gpu else ""
-            refused = (
-                f"; {step.recordings.refused}" if isinstance(step, GraphedSteps) and step.recordings.refused else ""
-            )
+            refused = f"; {step.graphs.refused}" if isinstance(step, GraphedSteps) and step.graphs.refused else ""
             yield f"training, {size}, {way}", found + memory + refused
             if rounds:
                 yield f"evaluation, {size}, {way}", rate(partial(evaluate, side, forward), batches, again=True)

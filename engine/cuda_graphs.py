@@ -69,8 +69,8 @@ def captured(
     except Exception as error:  # Triton may fail for any reason
         log.info("cuda_graphs: compilation failed, going on without: %s", first_line(error))
     trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-    recordings = CapturedGraphs()
-    return GraphedSteps(step, trained, recordings), GraphedForward(forward, recordings)
+    graphs = CapturedGraphs()
+    return GraphedSteps(step, trained, graphs), GraphedForward(forward, graphs)
 
 
 def use_ops(classifier: nn.Module, ops: BlockOps) -> None:
@@ -109,22 +109,22 @@ class CapturedGraphs:
             kind: what `run` computes.
             counted: a number that the computation depends on, besides the shapes.
         """
-        recordings = self.by_shape.setdefault(kind, {})
+        graphs = self.by_shape.setdefault(kind, {})
         tensors = [*_tensors(batch), *more]
         shapes = tuple((each.shape, each.dtype) for each in tensors)
         shape = shapes, tuple(batch.source_of_B), batch.types, tuple(batch.lengths.items()), batch.cached, counted
-        if shape not in recordings and kind not in self.refused:
-            if len(recordings) == MAX_GRAPHS:
+        if shape not in graphs and kind not in self.refused:
+            if len(graphs) == MAX_GRAPHS:
                 self._refuse(kind, f"{MAX_GRAPHS} graphs already; further shapes are not captured")
             else:
-                self._record(kind, shape, batch, tensors, run)
-        if (recording := recordings.get(shape)) is None:
+                self._capture(kind, shape, batch, tensors, run)
+        if (graph := graphs.get(shape)) is None:
             return None
-        torch._foreach_copy_(recording.inputs, tensors)
-        recording.replay()
-        return recording.outputs
+        torch._foreach_copy_(graph.inputs, tensors)
+        graph.replay()
+        return graph.outputs
 
-    def _record(self, kind: str, shape: Hashable, batch: ModelInput, tensors: list[Tensor], run: Run) -> None:
+    def _capture(self, kind: str, shape: Hashable, batch: ModelInput, tensors: list[Tensor], run: Run) -> None:
         own = [each.clone() for each in tensors]
         own_batch, more = _with_tensors(batch, own)
 
@@ -136,13 +136,13 @@ class CapturedGraphs:
 
         if self._pool is None and batch.present_BM.is_cuda:
             self._pool = torch.cuda.graph_pool_handle()
-        recordings = self.by_shape[kind]
+        graphs = self.by_shape[kind]
         try:
-            outputs, replay = capture(run_own, self._pool, first=not recordings)
-            recordings[shape] = _CapturedGraph(own, outputs, replay)
+            outputs, replay = capture(run_own, self._pool, first=not graphs)
+            graphs[shape] = _CapturedGraph(own, outputs, replay)
         except CaptureFailedError as error:
-            for each, graphs in self.by_shape.items():
-                graphs.clear()
+            for each, of_kind in self.by_shape.items():
+                of_kind.clear()
                 self._refuse(each, f"cannot be captured: {first_line(error)}")
         except RuntimeError as error:
             self._refuse(kind, f"cannot be captured: {first_line(error)}")
@@ -168,13 +168,13 @@ def _with_tensors(batch: ModelInput, tensors: list[Tensor]) -> tuple[ModelInput,
 class GraphedForward:
     """A forward pass that replays the graph for the batch's shape; a batch that cannot be captured runs without one."""
 
-    def __init__(self, forward: Forward, recordings: CapturedGraphs) -> None:
-        self.forward, self.recordings = forward, recordings
+    def __init__(self, forward: Forward, graphs: CapturedGraphs) -> None:
+        self.forward, self.graphs = forward, graphs
 
     def __call__(self, batch: ModelInput) -> Tensor:
         """See `Forward`."""
         batch = batch.rounded()
-        logits_BC = self.recordings.replayed(EVALUATIONS, batch, [], 0, lambda own, _: self.forward(own))
+        logits_BC = self.graphs.replayed(EVALUATIONS, batch, [], 0, lambda own, _: self.forward(own))
         return self.forward(batch) if logits_BC is None else logits_BC.clone()
 
 
@@ -185,8 +185,8 @@ class GraphedSteps:
         parameters: the trained parameters, which get the gradients.
     """
 
-    def __init__(self, step: Step, parameters: Sequence[nn.Parameter], recordings: CapturedGraphs) -> None:
-        self.step, self.parameters, self.recordings = step, parameters, recordings
+    def __init__(self, step: Step, parameters: Sequence[nn.Parameter], graphs: CapturedGraphs) -> None:
+        self.step, self.parameters, self.graphs = step, parameters, graphs
         self._gradients: list[Tensor] = []
         """Gradient of each parameter in the newest replay, shared by all graphs."""
         self._anchor = torch.zeros(()).requires_grad_()
@@ -200,7 +200,7 @@ class GraphedSteps:
             [own_labels] = more
             return self._run(own, own_labels, counted)
 
-        if (found := self.recordings.replayed(STEPS, batch, [labels], counted, run)) is None:
+        if (found := self.graphs.replayed(STEPS, batch, [labels], counted, run)) is None:
             return self.step(batch, labels, counted)
         (loss, logits, own_losses), gradients = found
         loss = _Replayed.apply(self._anchor, loss, self.parameters, gradients)

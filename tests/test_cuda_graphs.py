@@ -145,7 +145,7 @@ def test_captured_training_steps_match_plain_ones(device: torch.device, case: st
                         parameter.grad.zero_()
         found.append(values)
         if isinstance(step, GraphedSteps):
-            assert not step.recordings.refused and len(step.recordings.by_shape[STEPS]) == 4, "one shape is used twice"
+            assert not step.graphs.refused and len(step.graphs.by_shape[STEPS]) == 4, "one shape is used twice"
     for plain, replayed in zip(*found, strict=True):
         assert (plain is None) == (replayed is None)
         if plain is not None and replayed is not None:
@@ -169,7 +169,7 @@ def test_captured_evaluations_match_plain_ones(device: torch.device) -> None:
         with torch.inference_mode():
             found, expected = evaluate(batch), classifier(batch)
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
-    assert not evaluate.recordings.refused and len(evaluate.recordings.by_shape[EVALUATIONS]) == 3
+    assert not evaluate.graphs.refused and len(evaluate.graphs.by_shape[EVALUATIONS]) == 3
 
 
 def test_shared_inputs_are_part_of_a_graphs_shape(monkeypatch: Patch) -> None:
@@ -178,7 +178,7 @@ def test_shared_inputs_are_part_of_a_graphs_shape(monkeypatch: Patch) -> None:
     batch = model_input(*tiny_batch(3), [0, 1, 2])
     for name in ("image", "text"):
         evaluate(batch._replace(source_of_B={name: torch.arange(3)}))
-    assert len(evaluate.recordings.by_shape[EVALUATIONS]) == 2
+    assert len(evaluate.graphs.by_shape[EVALUATIONS]) == 2
 
 
 def test_the_gpu_activation_matches_the_plain_one() -> None:
@@ -200,8 +200,8 @@ def test_a_failed_capture_disables_all_graphs(device: torch.device, monkeypatch:
     def fail(*_: Any, **__: Any) -> Any:
         raise CaptureFailedError("not permitted")
 
-    weight, recordings = nn.Parameter(torch.ones(64, device=device)), CapturedGraphs()
-    graphed, evaluate = GraphedSteps(step, [weight], recordings), GraphedForward(forward, recordings)
+    weight, graphs = nn.Parameter(torch.ones(64, device=device)), CapturedGraphs()
+    graphed, evaluate = GraphedSteps(step, [weight], graphs), GraphedForward(forward, graphs)
     batch = to_device(device, model_input(*tiny_batch(3), [0, 1, 2]))
 
     def masks(step: cuda_graphs.Step) -> Tensor:
@@ -211,12 +211,12 @@ def test_a_failed_capture_disables_all_graphs(device: torch.device, monkeypatch:
         return dropped
 
     found = [masks(graphed)]
-    assert recordings.by_shape[STEPS]
+    assert graphs.by_shape[STEPS]
     if device.type == "cpu":
         monkeypatch.setattr(cuda_graphs, "capture", fail)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     evaluate(batch)
-    assert recordings.refused.keys() == {STEPS, EVALUATIONS} and not any(recordings.by_shape.values())
+    assert graphs.refused.keys() == {STEPS, EVALUATIONS} and not any(graphs.by_shape.values())
     found.append(masks(graphed))
     assert torch.equal(found[0], masks(step)) and torch.equal(found[1], found[0])
 
@@ -247,7 +247,7 @@ def test_the_number_of_captured_shapes_is_limited(monkeypatch: Patch) -> None:
     step = GraphedSteps(step_of(classifier), trained, CapturedGraphs())
     for mix in ([0], [0, 1], [0, 0, 1], [0], [0, 0, 2]):
         step(model_input(*tiny_batch(len(mix)), mix), torch.zeros(len(mix), dtype=torch.long), len(mix))
-    assert len(step.recordings.by_shape[STEPS]) == 2 and "2 graphs" in step.recordings.refused[STEPS]
+    assert len(step.graphs.by_shape[STEPS]) == 2 and "2 graphs" in step.graphs.refused[STEPS]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,8 @@ def captured(
         log.info("cuda_graphs: compilation failed, going on without: %s", first_line(error))
     trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
     graphs = CapturedGraphs()
-    return GraphedSteps(step, trained, graphs), GraphedForward(forward, graphs)
+    evaluate = GraphedForward(forward, graphs, own_inputs=classifier.method.per_sample)
+    return GraphedSteps(step, trained, graphs), evaluate
 
 
 def use_ops(classifier: nn.Module, ops: BlockOps) -> None:
@@ -166,14 +167,19 @@ def _with_tensors(batch: ModelInput, tensors: list[Tensor]) -> tuple[ModelInput,
 
 
 class GraphedForward:
-    """A forward pass that replays the graph for the batch's shape; a batch that cannot be captured runs without one."""
+    """A forward pass that replays the graph for the batch's shape; a batch that cannot be captured runs without one.
 
-    def __init__(self, forward: Forward, graphs: CapturedGraphs) -> None:
-        self.forward, self.graphs = forward, graphs
+    Args:
+        own_inputs: whether the model copies shared inputs to each sample. This makes the host wait for the GPU, so it
+            is done before.
+    """
+
+    def __init__(self, forward: Forward, graphs: CapturedGraphs, *, own_inputs: bool = False) -> None:
+        self.forward, self.graphs, self.own_inputs = forward, graphs, own_inputs
 
     def __call__(self, batch: ModelInput) -> Tensor:
         """See `Forward`."""
-        batch = batch.rounded()
+        batch = (batch.with_own_inputs() if self.own_inputs else batch).rounded()
         logits_BC = self.graphs.replayed(EVALUATIONS, batch, [], 0, lambda own, _: self.forward(own))
         return self.forward(batch) if logits_BC is None else logits_BC.clone()
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +28,7 @@ from engine.cuda_graphs import (
     captured,
 )
 from engine.tasks import TASKS
-from tests.conftest import Patch
+from tests.conftest import Patch, Workspace, read_json
 from tests.models import model_input, tiny_batch, tiny_classifier
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -152,10 +153,11 @@ def test_captured_training_steps_match_plain_ones(device: torch.device, case: st
             assert torch.allclose(plain.float(), replayed.float(), rtol=1e-4, atol=1e-6)
 
 
-def test_captured_evaluations_match_plain_ones(device: torch.device) -> None:
+@pytest.mark.parametrize("case", ["rep", "described", "aoept", "mora", "dpl"])
+def test_captured_evaluations_match_plain_ones(device: torch.device, case: str) -> None:
     """Logits match although the weights change between replays and samples share an image."""
-    classifier = tiny_classifier("hatememes").to(device).eval()
-    evaluate = GraphedForward(classifier, CapturedGraphs())
+    classifier = tiny_classifier("hatememes", **CASES[case]).to(device).eval()
+    evaluate = GraphedForward(classifier, CapturedGraphs(), own_inputs=classifier.method.per_sample)
     for number, mix in enumerate(MIXES):
         images, tokens = tiny_batch(len(mix), seed=number)
         batch = model_input(images, tokens, mix)
@@ -269,10 +271,40 @@ def test_options_that_rule_out_graphs_are_logged(changed, reason, caplog, monkey
     given = {"cuda_graphs": True, "num_gpus": 1, "processes": 1, "precision": "bf16", "activation_checkpointing": False}
     given |= {"text_windows": 1, "neighbours": 0, "teacher": None, "batches": 1000}
     options: Any = SimpleNamespace(**{**given, **changed})
-    classifier = tiny_classifier()
+    classifier = tiny_classifier(dynamic_init=True)  # shared images are encoded separately for each sample
     step = step_of(classifier)
     with caplog.at_level(logging.INFO):
         found, evaluate = captured(step, classifier, classifier, options, options.batches)
     assert isinstance(found, GraphedSteps) == isinstance(evaluate, GraphedForward) == (not changed)
+    assert not isinstance(evaluate, GraphedForward) or evaluate.own_inputs
     assert (found is step) == (evaluate is classifier) == bool(changed)
     assert [reason in record.message for record in caplog.records if reason] == [True] * bool(reason)
+
+
+@pytest.mark.slow
+def test_a_run_with_captured_steps_trains_the_same_model(workspace: Workspace, monkeypatch: Patch) -> None:
+    """Over two epochs with accumulation, validations and the test, which runs without graphs."""
+    from runs import training
+
+    captures: list[bool] = []
+
+    def counting_tape(run: Callable[[], Any], pool: Any, *, first: bool) -> Any:
+        captures.append(first)
+        return tape(run, pool, first=first)
+
+    def as_on_gpu(step: Any, forward: Any, classifier: Any, options: Any, batches: int) -> Any:
+        return captured(step, forward, classifier, replace(options, num_gpus=1), batches)
+
+    plain = workspace.train("plain_steps")
+    monkeypatch.setattr(cuda_graphs, "capture", counting_tape)
+    monkeypatch.setattr(cuda_graphs, "compiled", lambda: PLAIN)
+    monkeypatch.setattr(cuda_graphs, "MIN_BATCHES", 0)
+    monkeypatch.setattr(training, "captured", as_on_gpu)
+    graphed = workspace.train("captured_steps")
+    assert captures.count(True) == 2 < len(captures), "training and evaluation are captured, each in several shapes"
+    states = [torch.load(each / "last.ckpt", weights_only=True)["state_dict"] for each in (plain, graphed)]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-5)
+    results = [read_json(each / "test_results.json")["metrics"] for each in (plain, graphed)]
+    assert results[0] == pytest.approx(results[1], abs=1e-4)

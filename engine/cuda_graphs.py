@@ -92,8 +92,9 @@ class _CapturedGraph(NamedTuple):
 class CapturedGraphs:
     """Captured graphs by kind and input shape, up to `MAX_GRAPHS` of a kind.
 
-    If the run before a capture fails, that kind gets no more graphs. If the capture itself fails, the existing graphs
-    no longer follow from the seeds: all are dropped, and no kind gets more.
+    If the run before a capture fails, that kind gets no more graphs. All graphs are dropped, and no kind gets more, if
+    the capture itself fails, since the existing graphs no longer follow from the seeds, and if memory runs out, since
+    steps without graphs need theirs.
     """
 
     def __init__(self) -> None:
@@ -141,7 +142,7 @@ class CapturedGraphs:
         try:
             outputs, replay = capture(run_own, self._pool, first=not graphs)
             graphs[shape] = _CapturedGraph(own, outputs, replay)
-        except CaptureFailedError as error:
+        except (CaptureFailedError, torch.OutOfMemoryError) as error:
             for each, of_kind in self.by_shape.items():
                 of_kind.clear()
                 self._refuse(each, f"cannot be captured: {first_line(error)}")

@@ -188,8 +188,12 @@ def test_the_gpu_activation_matches_the_plain_one() -> None:
     torch.testing.assert_close(quick_gelu_in_one(x), PLAIN.quick_gelu(x))
 
 
-def test_a_failed_capture_disables_all_graphs(device: torch.device, monkeypatch: Patch) -> None:
-    """With the other graphs still in use, dropout would no longer follow from the seeds."""
+@pytest.mark.parametrize("error", [CaptureFailedError, torch.OutOfMemoryError])
+def test_a_failed_capture_disables_all_graphs(
+    device: torch.device, error: type[RuntimeError], monkeypatch: Patch
+) -> None:
+    """With the other graphs still in use, dropout would no longer follow from the seeds, and plain steps might lack
+    the memory that the graphs hold."""
 
     def step(batch: ModelInput, labels: Tensor, counted: int) -> Losses:
         dropped = torch.nn.functional.dropout(weight)
@@ -200,7 +204,7 @@ def test_a_failed_capture_disables_all_graphs(device: torch.device, monkeypatch:
         return torch.zeros(3, device=device)
 
     def fail(*_: Any, **__: Any) -> Any:
-        raise CaptureFailedError("not permitted")
+        raise error("not permitted")
 
     weight, graphs = nn.Parameter(torch.ones(64, device=device)), CapturedGraphs()
     graphed, evaluate = GraphedSteps(step, [weight], graphs), GraphedForward(forward, graphs)
@@ -214,8 +218,9 @@ def test_a_failed_capture_disables_all_graphs(device: torch.device, monkeypatch:
 
     found = [masks(graphed)]
     assert graphs.by_shape[STEPS]
-    if device.type == "cpu":
+    if device.type == "cpu" or error is torch.OutOfMemoryError:
         monkeypatch.setattr(cuda_graphs, "capture", fail)
+    if device.type == "cpu":
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     evaluate(batch)
     assert graphs.refused.keys() == {STEPS, EVALUATIONS} and not any(graphs.by_shape.values())

@@ -188,6 +188,20 @@ def test_the_gpu_activation_matches_the_plain_one() -> None:
     torch.testing.assert_close(quick_gelu_in_one(x), PLAIN.quick_gelu(x))
 
 
+@on_gpu
+def test_captures_use_the_same_streams() -> None:
+    """For each stream, cuBLAS keeps memory that it never gives back."""
+    streams: list[int] = []
+
+    def run() -> Tensor:
+        streams.append(torch.cuda.current_stream().cuda_stream)
+        return torch.ones(2, device="cuda")
+
+    for _ in range(3):
+        cuda_graphs.capture(run, None, first=False)
+    assert len(streams) == 6 and len(set(streams)) == 2, "one for the run before, one for the capture"
+
+
 @pytest.mark.parametrize("error", [CaptureFailedError, torch.OutOfMemoryError])
 def test_a_failed_capture_disables_all_graphs(
     device: torch.device, error: type[RuntimeError], monkeypatch: Patch
@@ -292,16 +306,17 @@ def test_a_run_with_captured_steps_trains_the_same_model(workspace: Workspace, m
     from runs import training
 
     captures: list[bool] = []
+    capture = cuda_graphs.capture if torch.cuda.is_available() else tape
 
-    def counting_tape(run: Callable[[], Any], pool: Any, *, first: bool) -> Any:
+    def counted(run: Callable[[], Any], pool: Any, *, first: bool) -> Any:
         captures.append(first)
-        return tape(run, pool, first=first)
+        return capture(run, pool, first=first)
 
     def as_on_gpu(step: Any, forward: Any, classifier: Any, options: Any, batches: int) -> Any:
         return captured(step, forward, classifier, replace(options, num_gpus=1), batches)
 
     plain = workspace.train("plain_steps")
-    monkeypatch.setattr(cuda_graphs, "capture", counting_tape)
+    monkeypatch.setattr(cuda_graphs, "capture", counted)
     monkeypatch.setattr(cuda_graphs, "compiled", lambda: PLAIN)
     monkeypatch.setattr(cuda_graphs, "MIN_BATCHES", 0)
     monkeypatch.setattr(training, "captured", as_on_gpu)

@@ -16,6 +16,7 @@ from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.fused import PLAIN, quick_gelu_in_one
 from clip.modules.interfaces import ModelInput
 from clip.modules.registry import METHODS
+from clip.modules.vision_transformer_memory import ClipBackbone
 from engine import cuda_graphs
 from engine.cuda_graphs import (
     EVALUATIONS,
@@ -315,6 +316,7 @@ def test_a_run_with_captured_steps_trains_the_same_model(workspace: Workspace, m
     def as_on_gpu(step: Any, forward: Any, classifier: Any, options: Any, batches: int) -> Any:
         return captured(step, forward, classifier, replace(options, num_gpus=1), batches)
 
+    monkeypatch.setattr(ClipBackbone, "prepare", lambda _, batch: batch.rounded())  # as on a GPU, so sums agree
     plain = workspace.train("plain_steps")
     monkeypatch.setattr(cuda_graphs, "capture", counted)
     monkeypatch.setattr(cuda_graphs, "compiled", lambda: PLAIN)
@@ -325,6 +327,6 @@ def test_a_run_with_captured_steps_trains_the_same_model(workspace: Workspace, m
     states = [torch.load(each / "last.ckpt", weights_only=True)["state_dict"] for each in (plain, graphed)]
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-6)
     results = [read_json(each / "test_results.json")["metrics"] for each in (plain, graphed)]
     assert results[0] == pytest.approx(results[1], abs=1e-4)

@@ -155,3 +155,12 @@ def error_line(capsys: Captured) -> str:
     [line] = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in said
     return line
+
+
+def refusal(command: list[str], capsys: Captured) -> str:
+    """The error line of a command that must end with status 2."""
+    from run import command_line
+
+    capsys.readouterr()
+    assert command_line(command) == 2
+    return error_line(capsys)

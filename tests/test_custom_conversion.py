@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import DataError
 from demo.data import write_task
-from tests.conftest import Captured, Patch
+from tests.conftest import Captured, Patch, error_line
 from tests.custom_files import columns_of, convert, films_as_custom, make, png, read_arrow, write_jsonl, write_labelled
 from tests.data_files import memes, write
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -53,14 +53,6 @@ def write_table(path: Path, rows: list[list[str]], header: list[str] = HEADER) -
 
 def with_labels(labels: list[str]) -> list[list[str]]:
     return [[*row[:2], label, row[3]] for row, label in zip(ROWS, labels, strict=True)]
-
-
-def conversion_error(status: int, capsys: Captured) -> str:
-    """The single error line of a conversion that must have ended with status 2."""
-    assert status == 2
-    said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1 and said.startswith("error: "), said
-    return said
 
 
 @pytest.mark.parametrize("name", ["table.csv", "table.tsv", "table.jsonl", "TABLE.CSV"])
@@ -232,7 +224,8 @@ SPECS = {
 def test_a_wrong_spec_is_refused(raw: Path, spec: str, capsys: Captured, monkeypatch: Patch) -> None:
     monkeypatch.chdir(raw)
     (raw / "spec.yaml").write_text(spec)
-    said = conversion_error(convert(raw, raw / "out", "--skip-bad"), capsys)
+    assert convert(raw, raw / "out", "--skip-bad") == 2
+    said = error_line(capsys)
     assert SPECS[spec] in said and str(raw / "spec.yaml") in said and len(said) < 1000
     assert not list(raw.glob("out/*")) and not (raw / "marker").exists()
 
@@ -253,7 +246,7 @@ def test_a_missing_spec_or_table_is_refused(raw: Path, tmp_path: Path, capsys: C
         ([], f"{raw / 'nowhere.csv'} cannot be read: No such file"),
         (["--spec", str(raw / "val.yaml")], f"{raw / 'val.jsonl'}: expected rows, found none"),
     ):
-        assert fact in conversion_error(convert(raw, raw / "out", *options), capsys)
+        assert convert(raw, raw / "out", *options) == 2 and fact in error_line(capsys)
 
 
 GOOD = "image,text,label,split\na.png,x,cat,train\na.png,x,cat,val\na.png,x,dog,test\n"
@@ -299,7 +292,8 @@ TABLES: list[tuple[str, str | bytes, str]] = [
 def test_a_wrong_table_is_refused(raw: Path, suffix: str, content: str | bytes, message: str, capsys: Captured) -> None:
     path = raw / f"wrong.{suffix}"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    said = conversion_error(convert(raw, raw / "out", "--skip-bad", "--table", str(path)), capsys)
+    assert convert(raw, raw / "out", "--skip-bad", "--table", str(path)) == 2
+    said = error_line(capsys)
     assert f"error: {path}" in said and message in said
     assert not list(raw.glob("out/*"))
 
@@ -470,7 +464,7 @@ def test_unspecified_splits_are_drawn_by_label_and_seed(raw: Path, capsys: Captu
     capsys.readouterr()
     write_table(raw / "table.csv", ROWS)
     status = convert(raw, raw / "out", "--table", str(raw / "table.csv"), "--split-seed", "1")
-    assert "split_seed" in conversion_error(status, capsys)
+    assert status == 2 and "split_seed" in error_line(capsys)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ from engine.optimization import AdamW, OptimizerSettings, make_optimizer
 from engine.trainer import validation_interval
 from run import command_line
 from runs.check_options import check, resolve
-from tests.conftest import Captured, Patch, Workspace, read_csv, read_json
+from tests.conftest import Captured, Patch, Workspace, read_csv, read_json, refusal
 from tests.models import published_name, published_state
-from tests.test_run import evaluate, other_backbone, refusal, results_of
+from tests.test_run import evaluate, other_backbone, results_of
 from vilt.datasets.open_spec import rows_of_splits
 from vilt.datasets.specs import DATASETS, SPLITS, Split
 from vilt.missing_tables import MissingPattern, draw_missing_table, load_missing_table, published_patterns

@@ -20,7 +20,7 @@ from engine.tasks import TASKS
 from engine.training import FinetuneModule
 from run import command_line
 from runs import evaluation
-from tests.conftest import Captured, Patch, Workspace, error_line, read_csv, read_json
+from tests.conftest import Captured, Patch, Workspace, read_csv, read_json, refusal
 from tests.custom_files import read_arrow
 from tests.data_files import LOGIT_COLUMNS, TYPE_NAMES
 from tests.report_files import edit_json
@@ -63,11 +63,6 @@ def robustness(*options: str, status: int = 0) -> None:
 
 def robustness_command(*options: str) -> list[str]:
     return ["run.py", "robustness", "with", "precision=32", "num_workers=0", "per_gpu_batchsize=4", *options]
-
-
-def refusal(capsys: Captured, *options: str) -> str:
-    robustness(*options, status=2)
-    return error_line(capsys)
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -249,7 +244,7 @@ def test_a_store_of_another_checkpoint_is_refused_until_it_is_deleted(encoded: P
     best, store, old = encoded / "best.ckpt", encoded / "robustness" / "logits.arrow", results_of(encoded)
     draw_head(best, seed=1)
     new_sha256 = read_checkpoint(best).sha256
-    said = refusal(capsys, f"load_path={best}", *QUICK)
+    said = refusal(robustness_command(f"load_path={best}", *QUICK), capsys)
     facts = (f"{store}: ", "checkpoint (sha256)", new_sha256[:12], old["checkpoint_sha256"][:12], "delete the file")
     assert all(fact in said for fact in facts), said
     assert results_of(encoded) == old
@@ -301,8 +296,7 @@ def test_a_damaged_or_foreign_store_is_refused(encoded: Path, capsys: Captured, 
     else:
         change, message = DAMAGES[how]
         rewrite(path, **change(read_arrow(path)))
-    robustness(f"load_path={encoded / 'best.ckpt'}", *QUICK, status=2)
-    error = error_line(capsys)
+    error = refusal(robustness_command(f"load_path={encoded / 'best.ckpt'}", *QUICK), capsys)
     assert error.startswith(f"error: {path}: ") and message in error and "; delete the file" in error
 
 
@@ -356,10 +350,10 @@ def test_new_results_replace_all_old_files_and_no_others(encoded: Path) -> None:
 def test_another_test_set_precision_or_tokenizer_is_refused(workspace, encoded, tmp_path, capsys):
     best = f"load_path={encoded / 'best.ckpt'}"
     assert "stored logits of another precision: expected bf16-mixed, found 32-true; " in refusal(
-        capsys, best, "precision=bf16"
+        robustness_command(best, "precision=bf16"), capsys
     )
     assert f"stored logits of another tokenizer: expected {workspace.backbone}, found None; " in refusal(
-        capsys, best, f"tokenizer={workspace.backbone}"
+        robustness_command(best, f"tokenizer={workspace.backbone}"), capsys
     )
     other = Path(shutil.copytree(workspace.arrow, tmp_path / "arrow"))
     with (other / "mmimdb_test.arrow").open("r+b") as file:  # one bit of one poster
@@ -368,7 +362,7 @@ def test_another_test_set_precision_or_tokenizer_is_refused(workspace, encoded, 
         file.seek(2000)
         file.write(bytes([byte[0] ^ 1]))
     assert "stored logits of another test set (sha256 of the arrow file): expected " in refusal(
-        capsys, best, f"data_root={other}"
+        robustness_command(best, f"data_root={other}"), capsys
     )
     moved = Path(shutil.copytree(workspace.arrow, tmp_path / "moved"))
     robustness(best, f"data_root={moved}", *QUICK)  # the same file in another place
@@ -467,10 +461,12 @@ def test_checkpoints_of_different_datasets_or_test_sets(workspace, encoded, gold
         f"{workspace.arrow / 'mmimdb_test.arrow'} for {encoded}",
         f"{golden_arrow / 'food101_test.arrow'} for {food}",
     )
-    said = refusal(capsys, both)
+    said = refusal(robustness_command(both), capsys)
     assert all(fact in said for fact in ("load_path: expected checkpoints with the same dataset", *files)), said
     other = ("task_finetune_mmimdb", f"load_path={food / 'best.ckpt'}", f"data_root={workspace.arrow}")
-    assert f"task: mmimdb contradicts the checkpoint {food / 'best.ckpt'}" in refusal(capsys, *other)
+    assert f"task: mmimdb contradicts the checkpoint {food / 'best.ckpt'}" in refusal(
+        robustness_command(*other), capsys
+    )
     folders, few = f"load_path=['{encoded}','{food}']", ("robustness_ratios=0.7", "robustness_seeds=0", "bootstrap=0")
     robustness(folders, *few)
     tables = capsys.readouterr().out.split("robustness of ")[1:]
@@ -479,7 +475,7 @@ def test_checkpoints_of_different_datasets_or_test_sets(workspace, encoded, gold
     shutil.rmtree(elsewhere / "robustness")
     edit_json(elsewhere, "config.json", data_root=str(golden_arrow))
     assert "error: load_path: expected checkpoints with the same test set, found " in refusal(
-        capsys, f"load_path=['{encoded}','{elsewhere}']"
+        robustness_command(f"load_path=['{encoded}','{elsewhere}']"), capsys
     )
 
 
@@ -512,21 +508,23 @@ def test_invalid_options_are_refused(encoded: Path, tmp_path: Path, capsys, opti
     shutil.copy(encoded / "config.json", tmp_path / "half" / "rep_seed0" / "version_0")
     shutil.copy(encoded / "best.ckpt", encoded / "again.ckpt")
     places = {"top": tmp_path, "run": encoded}
-    robustness(*(option.format(**places) for option in options), status=2)
-    assert message.format(**places) in error_line(capsys)
+    command = robustness_command(*(option.format(**places) for option in options))
+    assert message.format(**places) in refusal(command, capsys)
 
 
 def test_an_unwritable_folder_is_refused(fresh: Path, capsys) -> None:
     (fresh / "robustness").write_text("a file in the way")
     assert f"error: {fresh / 'robustness'}: cannot store results there: File exists" in refusal(
-        capsys, f"load_path={fresh / 'best.ckpt'}", *QUICK
+        robustness_command(f"load_path={fresh / 'best.ckpt'}", *QUICK), capsys
     )
 
 
 def test_a_checkpoint_may_be_given_without_its_run(workspace: Workspace, trained: Path, tmp_path: Path, capsys) -> None:
     """As with published checkpoints, the task comes from the checkpoint and the data from the command line."""
     path = Path(shutil.copy(trained / "best.ckpt", tmp_path / "downloaded.ckpt"))
-    assert "data_root: expected the folder of the arrow files" in refusal(capsys, f"load_path={path}")
+    assert "data_root: expected the folder of the arrow files" in refusal(
+        robustness_command(f"load_path={path}"), capsys
+    )
     tables = f"missing_table_root={tmp_path / 'tables'}"
     robustness(f"load_path={path}", f"data_root={workspace.arrow}", tables, *QUICK)
     results = results_of(tmp_path)
@@ -556,5 +554,5 @@ def test_a_checkpoint_replaced_while_it_is_opened_is_refused(fresh: Path, monkey
     monkeypatch.setattr(LogitStore, "check_writable", and_replace)
     monkeypatch.setattr(FinetuneModule, "test_step", None)
     assert "best.ckpt: has just been replaced by another checkpoint; start again" in refusal(
-        capsys, f"load_path={fresh}", *QUICK
+        robustness_command(f"load_path={fresh}", *QUICK), capsys
     )

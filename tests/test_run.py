@@ -25,7 +25,7 @@ from engine.cuda_graphs import use_ops
 from engine.training import FinetuneModule
 from run import command_line
 from runs import start, training
-from tests.conftest import Captured, Patch, Workspace, read_csv, read_json
+from tests.conftest import Captured, Patch, Workspace, read_csv, read_json, refusal
 from tests.interrupted import differences
 from tests.models import model_input
 from vilt.datamodules import EpochSampler, TimedLoader
@@ -53,14 +53,6 @@ def evaluate(workspace: Workspace, name: str, *options: str) -> dict[str, Any]:
     """Results of a test_only run named `name`."""
     assert command_line(workspace.command("test_only=True", f"test_exp_name={name}", *options)) == 0
     return results_of(workspace.results / name / "version_0")
-
-
-def refusal(command: list[str], capsys: Captured) -> str:
-    """The error line of a command that must be refused."""
-    assert command_line(command) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: ")
-    return last
 
 
 def test_a_command_run_as_a_module_is_recorded_with_m(monkeypatch: Patch) -> None:

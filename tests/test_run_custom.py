@@ -12,7 +12,7 @@ from engine.checkpoint import read_checkpoint
 from engine.metrics import Metric
 from engine.tasks import TASKS, task_of
 from run import command_line
-from tests.conftest import Captured, Workspace, call, read_csv, read_json
+from tests.conftest import Captured, Workspace, call, read_csv, read_json, refusal
 from tests.custom_files import convert, films_as_custom, read_arrow, write_jsonl, write_labelled
 from tests.data_files import LOGIT_COLUMNS
 from tests.report_files import page_text
@@ -39,13 +39,6 @@ def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fitted(workspace: Workspace, pets: Path) -> Path:
     """A finished run on the pets."""
     return workspace.train("pets", task="custom", data_root=pets)
-
-
-def refused(workspace: Workspace, capsys: Captured, data: Path, *options: str) -> str:
-    """The error line of a run that must be refused."""
-    capsys.readouterr()
-    assert command_line(workspace.command(*options, task="custom", data_root=data)) == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_validation_split_of_one_class_is_remarked_on(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:
@@ -105,7 +98,10 @@ def test_a_run_records_the_description_of_the_data(workspace: Workspace, fitted:
 def test_a_warm_start_loads_only_a_head_of_the_same_classes(workspace, fitted, pets, tmp_path, capsys):
     renamed = make_arrow_files(tmp_path / "renamed", ["cat", "dog", "horse"])
     load = f"load_path={fitted / 'best.ckpt'}"
-    said = refused(workspace, capsys, renamed, load, f"vit={workspace.backbone}", "finetune_first=True")
+    said = refusal(
+        workspace.command(load, f"vit={workspace.backbone}", "finetune_first=True", task="custom", data_root=renamed),
+        capsys,
+    )
     assert "trained on the classes of pets, the data's differ: expected 'cow' as class 1, found 'dog'" in said
     workspace.train("pets_memory", load, "max_steps=1", task="custom", data_root=renamed)
     workspace.train("pets_head", load, "finetune_first=True", "max_steps=1", task="custom", data_root=pets)
@@ -116,11 +112,13 @@ def test_data_of_other_classes_is_refused(workspace: Workspace, fitted: Path, tm
     load = f"load_path={fitted / 'best.ckpt'}"
     other = make_arrow_files(tmp_path, ["cat", "dog", "horse"])
     message = f"{fitted / 'best.ckpt'}: trained on the classes of pets, the data's differ: expected 'cow' as class 1, "
-    assert message in refused(workspace, capsys, other, load, "test_only=True")
+    assert message in refusal(workspace.command(load, "test_only=True", task="custom", data_root=other), capsys)
     assert command_line(workspace.command(load, *QUICK, name="robustness", task="custom", data_root=other)) == 2
     assert message in capsys.readouterr().err
     resume = (f"resume_from={fitted / 'last.ckpt'}", f"vit={workspace.backbone}")
-    assert message.replace("best.ckpt", "last.ckpt") in refused(workspace, capsys, other, *resume)
+    assert message.replace("best.ckpt", "last.ckpt") in refusal(
+        workspace.command(*resume, task="custom", data_root=other), capsys
+    )
     assert command_line(workspace.command(load, "finetune_first=True", f"vit={workspace.backbone}")) == 2
     assert (
         "entries do not fit this model" in (said := capsys.readouterr().err)
@@ -130,7 +128,12 @@ def test_data_of_other_classes_is_refused(workspace: Workspace, fitted: Path, tm
 
 def test_data_with_another_metric_can_be_tested_but_not_resumed(workspace, fitted, tmp_path, capsys):
     other = make_arrow_files(tmp_path, ["cat", "dog", "cow"])
-    said = refused(workspace, capsys, other, f"resume_from={fitted / 'last.ckpt'}", f"vit={workspace.backbone}")
+    said = refusal(
+        workspace.command(
+            f"resume_from={fitted / 'last.ckpt'}", f"vit={workspace.backbone}", task="custom", data_root=other
+        ),
+        capsys,
+    )
     assert "other options: name (there pets, here custom), metric (there f1_macro, here accuracy)" in said
     options = [f"load_path={fitted / 'best.ckpt'}", "test_only=True", "test_exp_name=other_metric"]
     assert command_line(workspace.command(*options, task="custom", data_root=other)) == 0

@@ -90,7 +90,7 @@ class Grid:
         """Runs the incomplete runs, and writes and prints the table.
 
         Raises:
-            SweepError: runs failed; they are listed first.
+            SweepError: runs failed, or are still running elsewhere; they are listed first.
         """
         waiting, path, metric = self.incomplete(), self.folder / "table.csv", self.spec.monitor
         progress = Progress(len(self.jobs), len(self.jobs) - len(waiting))
@@ -107,7 +107,7 @@ class Grid:
             texts = baseline_texts(read_json(result_path).get("baselines", {}), metric)
             print("".join(f"  {text}\n" for text in texts))
         print(f"  written to {path}\n")
-        progress.end(f"of {counted(len(self.jobs), 'cell')} failed; the same command tries only these again")
+        progress.end(counted(len(self.jobs), "cell"), "tries only these again")
 
     def write_commands(self) -> None:
         """Prints a command for each incomplete run, one per line, and writes them to `commands.txt`."""

@@ -119,18 +119,25 @@ class Progress:
         rest = f"; about {duration((self.total - place) * per_run)} left" if place < self.total else ""
         log.info("[%d/%d] %s: %s (%s%s)", place, self.total, job.name, words, duration(outcome.seconds), rest)
 
-    def end(self, failed: str) -> None:
+    def end(self, asked: str, again: str) -> None:
         """Prints the runs still running elsewhere, and the failed ones with their last error and log.
 
+        Args:
+            asked: the runs in words.
+            again: what the same command will do about failed ones.
+
         Raises:
-            SweepError: runs failed.
+            SweepError: runs failed, or other processes are still running some.
         """
-        if elsewhere := [f"  {job.name}: {holder}\n" for job, holder in self.elsewhere if job.result is None]:
-            print(f"running elsewhere; the same command reads their results later:\n{''.join(elsewhere)}")
+        elsewhere = [f"  {job.name}: {holder}\n" for job, holder in self.elsewhere if job.result is None]
+        if elsewhere:
+            print(f"running elsewhere:\n{''.join(elsewhere)}")
         if self.failed:
             listed = "\n".join(f"  {job.name}: {error}\n    {job.log}" for job, error in self.failed)
             print(f"failed:\n{listed}\n")
-            raise SweepError(f"{len(self.failed)} {failed}")
+            raise SweepError(f"{len(self.failed)} of {asked} failed; the same command {again}")
+        if elsewhere:
+            raise SweepError(f"{len(elsewhere)} of {asked} running elsewhere; the same command reads their results")
 
 
 def run_command(*arguments: str) -> list[str]:

@@ -136,7 +136,7 @@ class Search:
         """Runs trials until `search_trials` are complete or have failed now; writes `search.csv` and prints the best.
 
         Raises:
-            SweepError: trials failed; they are listed first.
+            SweepError: trials failed, or are still running elsewhere; they are listed first.
         """
         wanted = self.options.search_trials
         counts = {name: len(self.trials(state)) for state, name in STATE_NAMES.items()}
@@ -159,7 +159,7 @@ class Search:
             self._write_trials()
         self._write_trials()
         self._print_best()
-        progress.end(f"of {counted(wanted, 'trial')} failed; the same command tries as many new ones")
+        progress.end(asked, "tries as many new ones")
 
     def _job(self, number: int, values: Mapping[str, Any]) -> Job:
         """The run of a trial. It is not tested, to keep the test split out of the choice."""

@@ -35,57 +35,39 @@ FLAGS = {
 
 def help_on(command: str | None, commands: Mapping[str, Callable[..., Any]], about: str) -> str:
     """Help on a command and its options or, without one, on the program and its commands."""
+    configs = {name: ", ".join(f"{option}={value}" for option, value in v.items()) for name, v in NAMED_CONFIGS.items()}
+    named_configs = {"Named configs, which also go after `with`:": configs}
     if command is None:
-        lines = [
-            *_wrapped(about),
-            "",
-            *_wrapped("Commands (`run.py COMMAND --help` shows its options; `run.py main --help` those of a run):"),
-            "",
-        ]
-        for name, function in ((name, function) for name, function in commands.items() if name != MAIN):
-            lines += _entry(name, (inspect.getdoc(function) or "").partition("\n")[0])
-        lines += ["", "Flags:", "", *(line for flag, text in FLAGS.items() for line in _entry(flag, text))]
-        return "\n".join([*lines, "", *_configs()])
-    lines = [
-        f"python run.py {'' if command == MAIN else f'{command} '}with name=value …",
-        "",
-        *_wrapped(inspect.getdoc(commands[command]) or ""),
-    ]
+        title = "Commands (`run.py COMMAND --help` shows its options; `run.py main --help` those of a run):"
+        docs = {name: inspect.getdoc(function) or "" for name, function in commands.items() if name != MAIN}
+        sections = {title: {name: doc.partition("\n")[0] for name, doc in docs.items()}, "Flags:": FLAGS}
+        return _page(about, sections | named_configs)
     own = [name for name, option in OPTIONS.items() if command in option.help.partition(":")[0].split(", ")]
-    lines += ["", *_options(own)]
     wanted = OTHERS.get(command, ())
-    lines += _options([name for name in wanted if name in OPTIONS and name not in own])
+    sections = {"": _options([*own, *(name for name in wanted if name in OPTIONS and name not in own)])}
     for kind in (kind for kind in wanted if kind in KINDS):
         names = [name for name, each in OPTIONS.items() if each.kind == kind and name not in (*own, *wanted)]
-        lines += ["", f"{KINDS[kind]}:", "", *_options(names)]
-    return "\n".join([*lines, "", *(_configs() if DATA in wanted else [])])
+        sections[f"{KINDS[kind]}:"] = _options(names)
+    usage = f"python run.py {'' if command == MAIN else f'{command} '}with name=value …"
+    about = f"{usage}\n\n{inspect.getdoc(commands[command]) or ''}"
+    return _page(about, sections | (named_configs if DATA in wanted else {}))
 
 
-def _configs() -> list[str]:
-    lines = ["Named configs, which also go after `with`:", ""]
-    for name, values in NAMED_CONFIGS.items():
-        lines += _entry(name, ", ".join(f"{option}={value}" for option, value in values.items()))
-    return lines
+def _options(names: Sequence[str]) -> dict[str, str]:
+    return {f"{name}={OPTIONS[name].default}": OPTIONS[name].help for name in names}
 
 
-def _options(names: Sequence[str]) -> list[str]:
-    return [line for name in names for line in _entry(f"{name}={OPTIONS[name].default}", OPTIONS[name].help)]
-
-
-def _entry(name: str, text: str) -> list[str]:
-    """A name and its text, which starts on a new line if the name is long."""
-    column = 28
-    lines = textwrap.wrap(text, max(20, _width() - column)) or [""]
-    first = [f"  {name:<{column - 3}} {lines.pop(0)}"] if len(name) < column - 2 else [f"  {name}"]
-    return [*first, *(" " * column + line for line in lines)]
-
-
-def _wrapped(text: str) -> list[str]:
-    return [part for line in text.strip().splitlines() for part in textwrap.wrap(line, _width()) or [""]]
-
-
-def _width() -> int:
-    return min(100, shutil.get_terminal_size((100, 24)).columns)
+def _page(about: str, sections: Mapping[str, Mapping[str, str]]) -> str:
+    """A text and, below titles, names with texts; a text starts on a new line if the name is long."""
+    width, column = min(100, shutil.get_terminal_size((100, 24)).columns), 28
+    lines = [part for line in about.strip().splitlines() for part in textwrap.wrap(line, width) or [""]]
+    for title, entries in sections.items():
+        lines += ["", *(part for part in (*textwrap.wrap(title, width), "") if title)]
+        for name, text in entries.items():
+            rows = textwrap.wrap(text, max(20, width - column)) or [""]
+            lines.append(f"  {name:<{column - 3}} {rows.pop(0)}" if len(name) < column - 2 else f"  {name}")
+            lines += [" " * column + row for row in rows]
+    return "\n".join(lines)
 
 
 def described_options(config: Mapping[str, Any]) -> str:

@@ -23,7 +23,6 @@ from runs.report import figures, make_report, parts, tables
 from runs.report.lines import Dataset, by_dataset
 from runs.report.parts import section_of
 from runs.report.results import listed_runs, read_report_runs
-from runs.report.samples import SampleGrid
 from runs.report.table import Table
 from runs.report.text import CAPTIONS, Unit
 from runs.stored_results import Robustness
@@ -606,16 +605,16 @@ def test_equal_patterns_compare_equal() -> None:
     assert [str(pattern) for pattern in both] == ["70 % both 0.2", "70 % both"]
 
 
-def grid_of(folder: Path) -> tuple[SampleGrid, str]:
-    """The grid of samples for the only run below a folder, and its notes."""
+def samples_of(folder: Path) -> tuple[Table, str]:
+    """The table of samples for the only run below a folder, and its notes."""
     part = section_of(dataset_of(folder)).parts[-1]
-    [grid] = part.shown
-    assert isinstance(grid, SampleGrid)
-    return grid, "".join(note.text for note in part.notes)
+    [shown] = part.shown
+    assert isinstance(shown, Table)
+    return shown, "".join(note.text for note in part.notes)
 
 
 def test_samples_whose_predictions_change_most_come_first(runs: Path) -> None:
-    grid, note = grid_of(runs / "mmimdb" / "rep_seed0")
+    table, note = samples_of(runs / "mmimdb" / "rep_seed0")
     test_set = TestSet()
     logits = test_set.logits(0)
     probabilities = {name: 1 / (1 + np.exp(-values.astype(float))) for name, values in logits.items()}
@@ -624,8 +623,8 @@ def test_samples_whose_predictions_change_most_come_first(runs: Path) -> None:
         moved = [np.abs(probabilities[name][sample] - probabilities["complete"][sample]).sum() for name in TYPES[1:]]
         change[row] = max(change.get(row, (0.0, 0)), (float(max(moved)), sample))
     expected = sorted(change.values(), reverse=True)[:24]
-    assert [shown["change"] for shown in grid.table.rows] == [f"{moved:.2f}" for moved, _ in expected]
-    for shown, picture, (_, sample) in zip(grid.table.rows, grid.pictures.values(), expected, strict=True):
+    assert [shown["change"] for shown in table.rows] == [f"{moved:.2f}" for moved, _ in expected]
+    for shown, picture, (_, sample) in zip(table.rows, table.pictures.values(), expected, strict=True):
         row, label = test_set.rows[sample], np.flatnonzero(test_set.labels[sample])
         assert shown["id"] == test_set.ids[sample]
         assert shown["text"] == PLOTS[row][sample - test_set.rows.index(row)]
@@ -641,7 +640,7 @@ def test_samples_whose_predictions_change_most_come_first(runs: Path) -> None:
             assert image.size == (88, 176)
             pixel = image.convert("L").getpixel((40, 80))
         assert isinstance(pixel, int) and abs(pixel - 8 * row) <= 2, "the picture is the film's poster"
-    assert note == "" and HOSTILE in [shown["text"] for shown in grid.table.rows]
+    assert note == "" and HOSTILE in [shown["text"] for shown in table.rows]
 
 
 @pytest.mark.parametrize(("task", "better"), [("mosi", "R1"), ("hatememes", "R2")])
@@ -661,9 +660,9 @@ def test_samples_are_of_the_best_run(tmp_path: Path, monkeypatch: Patch, task: s
 
 
 def test_single_label_samples_have_one_prediction(runs: Path) -> None:
-    grid, _ = grid_of(runs / "others" / "food101_seed0")
+    table, _ = samples_of(runs / "others" / "food101_seed0")
     test_set = TestSet("food101")
-    for shown in grid.table.rows:
+    for shown in table.rows:
         samples = [number for number, name in enumerate(test_set.ids) if name == shown["id"]]
         predicted = [f"dish {test_set.logits(0)['complete'][sample].argmax():03}" for sample in samples]
         mark, dish = str(shown["complete"]).rsplit(" ", 1)[0].split(" ", 1)
@@ -687,9 +686,9 @@ def test_missing_pictures_are_noted(tmp_path: Path, fault: str) -> None:
         (run / "robustness" / "logits.arrow").unlink()
         assert "no logits.arrow in R1" in notes_of(run) and section_of(dataset_of(run)).parts[-1].shown == []
         return
-    grid, note = grid_of(run)
-    assert len(grid.pictures) == 24 and set(grid.pictures.values()) == {None}
-    texts = {str(shown["text"]) for shown in as_csv(grid.table)}
+    table, note = samples_of(run)
+    assert len(table.pictures) == 24 and set(table.pictures.values()) == {None}
+    texts = {str(shown["text"]) for shown in as_csv(table)}
     assert (texts == {""}) == (fault != "decoded")
     expected = {"labels": "has other samples", "decoded": "24 images cannot be decoded"}.get(fault, fault)
     assert expected in note and ("mmimdb_test.arrow in the data_root of R1" in note) == (fault != "decoded")

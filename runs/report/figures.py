@@ -156,7 +156,9 @@ def comparison_figure(dataset: Dataset) -> Figure:
                 )
         axes.set(xlim=bounds, xlabel=dataset.axis_title)
 
-    panels = [Panel(f"Trained at {pattern}", partial(draw, lines=lines)) for pattern, lines in dataset.compared.items()]
+    panels = [
+        Panel(f"Trained at {pattern.title}", partial(draw, lines=lines)) for pattern, lines in dataset.compared.items()
+    ]
     longest = max(len(line.variant) for lines in dataset.compared.values() for line in lines)
     height = TOP + BOTTOM + (0.42 if longest > SIDE_LABEL else 0.3) * max(map(len, dataset.compared.values()))
     return figure(f"comparison_{dataset.key}", "Methods compared", dataset.caption("comparison_figure"), panels, height)

@@ -1,6 +1,7 @@
 """Writes the report: an HTML page, the same as Markdown, and its tables and figures as files."""
 
 import base64
+import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
@@ -13,15 +14,14 @@ from markupsafe import Markup
 
 from common.files import check_replaceable, whole_folder, writing
 from common.text import counted
-from runs.report.configurations import configurations
 from runs.report.figures import Figure
 from runs.report.lines import by_dataset
 from runs.report.parts import report_command, section_of
 from runs.report.results import ReportRun, read_report_runs
-from runs.report.samples import SampleGrid
 from runs.report.search import search_section
 from runs.report.tables import runs_table
-from runs.report.text import listed
+from runs.report.text import listed, without_home
+from runs.run_reader import flat_options
 from runs.sweep.jobs import search_of
 
 MARKER = "report.json"
@@ -75,6 +75,22 @@ def make_report(places: Sequence[Path], out: Path) -> Path:
     return out / "index.html"
 
 
+def configurations(runs: Sequence[ReportRun]) -> dict[str, list[str]]:
+    """Options and versions as JSON, keyed by title: first those that all runs share, then what each has beyond that."""
+    which = f"of {runs[0].title}" if len(runs) == 1 else "that all runs share"
+    titles = [f"Configuration and versions {which}", *(f"Beyond that, {run.title}" for run in runs)]
+    found: dict[str, list[str]] = {title: [] for title in titles}
+    for records in ([flat_options(run.config) for run in runs], [flat_options(run.versions or {}) for run in runs]):
+        first, *others = [record for record in records if record] or [{}]
+        same = {name: v for name, v in first.items() if all(name in other and other[name] == v for other in others)}
+        own = [{name: value for name, value in record.items() if name not in same} for record in records]
+        for texts, part in zip(found.values(), [same, *own], strict=True):
+            texts += [without_home(json.dumps(part, indent=2))] if part else []
+    for title, run in zip(titles[1:], runs, strict=True):
+        found[title] += [] if run.versions else ["Versions are unknown, since environment.json is missing."]
+    return {title: texts for title, texts in found.items() if texts}
+
+
 def _files(content: dict[str, Any]) -> dict[str, bytes]:
     """All files of the report, keyed by their path in the folder."""
     html = Environment(
@@ -87,12 +103,10 @@ def _files(content: dict[str, Any]) -> dict[str, bytes]:
     files = {name: template.render(content).encode(errors="replace") for name, template in texts.items()}
     parts = [part for section in content["sections"] for part in section.parts]
     for item in (content["runs"], *(i for part in parts for i in (*part.shown, *part.folded.values()))):
-        if isinstance(item, SampleGrid):
-            files |= {name: data for name, data in item.pictures.items() if data is not None}
-            item = item.table
         if isinstance(item, Figure):
             files |= {f"figures/{item.name}.svg": item.svg.encode(), f"figures/{item.name}.png": item.png}
         elif item.rows:
+            files |= {name: data for name, data in item.pictures.items() if data is not None}
             files[f"tables/{item.name}.csv"] = item.csv().encode(errors="replace")
     return files
 

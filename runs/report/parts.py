@@ -12,7 +12,7 @@ from runs.report import figures, tables
 from runs.report.figures import Figure
 from runs.report.lines import Dataset, Line
 from runs.report.results import ReportRun, listed_runs
-from runs.report.samples import SampleGrid, sample_grid
+from runs.report.samples import sample_table
 from runs.report.table import Table
 from runs.report.text import listed, without, without_home
 
@@ -32,7 +32,7 @@ class Part:
     """A heading of a section and the content under it."""
 
     title: str
-    shown: list[Figure | Table | SampleGrid] = field(default_factory=list)
+    shown: list[Figure | Table] = field(default_factory=list)
     folded: dict[str, Figure | Table] = field(default_factory=dict)  # keyed by the title shown while folded
     notes: list[Note] = field(default_factory=list)
 
@@ -152,8 +152,8 @@ def _results_parts(dataset: Dataset) -> list[Part]:
         parts[-1].notes = [Note(f"No confidence intervals for {listed_runs(lacking)}: evaluated with bootstrap=0.")]
     parts.append(Part("Test samples that change the most"))
     if (run := run_of_samples(best)) is not None:
-        grid = sample_grid(run, best.label)
-        parts[-1].shown, parts[-1].notes = [grid], [Note(grid.note)] if grid.note else []
+        table, note = sample_table(run, best.label)
+        parts[-1].shown, parts[-1].notes = [table], [Note(note)] if note else []
     else:
         tags = listed_runs([run for run, _ in best.results])
         parts[-1].notes = [Note(f"No samples: no logits.arrow in {tags}.")]

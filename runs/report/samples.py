@@ -1,7 +1,6 @@
 """Test samples whose prediction depends most on a modality: predictions with all modalities, and without some."""
 
 import io
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +21,10 @@ THUMBNAIL_SIZE = (176, 176)
 JPEG_QUALITY = 82
 
 
-@dataclass(frozen=True)
-class SampleGrid:
-    """The samples of one run whose predictions change the most."""
-
-    table: Table  # one row per sample
-    pictures: dict[str, bytes | None]
-    """JPEG files of the samples, keyed by path in the report's folder; None if there is no image to show. Empty if the
-    dataset has no images."""
-    note: str | None  # which images and texts cannot be shown, and why
-
-
-def sample_grid(run: ReportRun, line: str) -> SampleGrid:
+def sample_table(run: ReportRun, line: str) -> tuple[Table, str | None]:
     """The SHOWN samples of a run of `line`, which has stored logits, that change the most, in descending order.
+
+    Also returns which images and texts cannot be shown, and why.
 
     The change is the sum over classes of the absolute change in probability when modalities are missing, at its largest
     over missing types. For a row with several texts, only the text with the largest change is shown.
@@ -82,7 +72,7 @@ def sample_grid(run: ReportRun, line: str) -> SampleGrid:
     if undecoded:
         note = f"{counted(len(undecoded), 'image')} cannot be decoded: {', '.join(undecoded)}."
     caption = CAPTIONS["samples"].format(dataset=dataset_title(key), run=run.tag, line=line)
-    return SampleGrid(Table(f"samples_{key}", caption, rows, {"rank": "No.", "id": "Sample", **types}), pictures, note)
+    return Table(f"samples_{key}", caption, rows, {"rank": "No.", "id": "Sample", **types}, pictures), note
 
 
 def _open_dataset(run: ReportRun, stored: StoredLogits) -> tuple[ArrowDataset | None, str | None]:

@@ -76,6 +76,8 @@ class Table:
     caption: str
     rows: Sequence[Mapping[str, Value]]
     titles: dict[str, str] = field(default_factory=dict)  # titles of columns, if they do not follow from the name
+    pictures: dict[str, bytes | None] = field(default_factory=dict)
+    """JPEG files of the rows, if they have any, keyed by path in the report's folder; None if it cannot be shown."""
 
     @property
     def columns(self) -> dict[str, str]:

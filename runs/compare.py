@@ -26,7 +26,7 @@ from engine.tasks import Task, task_of
 from runs.lines import RunLine, lines_of
 from runs.pattern import Pattern
 from runs.run_reader import Run
-from runs.stored_results import logits_path, read_logits, read_robustness
+from runs.stored_results import logits_path
 from vilt.datasets.specs import SPLITS, DatasetSpec
 from vilt.missing_tables import NESTED, MissingPattern, after_training, load_missing_table
 from vilt.missing_types import pattern_type, with_natural
@@ -93,14 +93,11 @@ class _Stored:
     """The stored logits of a run, with its offset (`engine/decision.py`) added if `at_offset`."""
 
     def __init__(self, run: Run, *, at_offset: bool) -> None:
-        results = read_robustness(run)
-        stored = read_logits(run, results) if results is not None else None
-        assert results is not None and stored is not None
-        self.run, self.split, self.test_set = run, stored.split, stored.test_set
-        self.class_names: list[str] = results.raw["class_names"]
-        self.rows_before, self.offset = results.rows_before, results.offset
-        if at_offset and self.offset is not None:
-            self.split = replace(self.split, logits_TNC=self.split.logits_TNC.double() + self.offset)
+        results, logits = run.robustness, run.logits
+        assert results is not None and logits is not None
+        self.run, self.results, self.split, self.test_set = run, results, logits.split, logits.test_set
+        if at_offset and results.offset is not None:
+            self.split = replace(self.split, logits_TNC=self.split.logits_TNC.double() + results.offset)
 
     def at(self, task: Task, tables: Sequence[np.ndarray], resamples: int) -> tuple[float, Tensor]:
         """The task's metric, averaged over tables, and its values (R,) in resamples of the test samples."""
@@ -110,15 +107,10 @@ class _Stored:
         return found.mean, values_KR.nanmean(0)
 
 
-def has_logits(run: Run) -> bool:
-    """Whether a run has robustness results and their logits."""
-    return logits_path(run).is_file() and logits_path(run).with_name("robustness.json").is_file()
-
-
 def values_at(run: Run, pattern: Pattern, table_seeds: tuple[int, ...]) -> dict[str, list[float]]:
     """Every metric of a run at a pattern, with each missing table, from its stored logits."""
     stored = _Stored(run, at_offset=False)
-    task = with_offset(task_of(run.config["task"], run.custom), stored.offset)
+    task = with_offset(task_of(run.config["task"], run.custom), stored.results.offset)
     tables = _tables(stored, run.pattern, pattern, Settings(table_seeds, 0, 0))
     found = [task.metrics(stored.split.at(table), stored.split.labels) for table in tables]
     return {name: [metrics[name] for metrics in found] for name in task.metrics.measures}
@@ -136,9 +128,9 @@ def compare_runs(runs: Sequence[Run], settings: Settings, *, at_offset: bool = F
         ConfigError: the dataset has no such missing type.
         DataError: logits are damaged, belong to another checkpoint, or cover other test samples than the other runs'.
     """
-    with_logits = [run for run in runs if not run.is_evaluation and has_logits(run)]
+    with_logits = [run for run in runs if not run.is_evaluation and run.has_logits]
     if at_offset:
-        with_logits = [run for run in with_logits if (found := read_robustness(run)) and found.offset is not None]
+        with_logits = [run for run in with_logits if run.robustness and run.robustness.offset is not None]
     by_pattern: dict[tuple[str, Pattern, str], list[RunLine[Run]]] = {}
     for line in lines_of(with_logits, lambda run: run):
         run = line.items[0]
@@ -168,7 +160,7 @@ def _group(
         if each.test_set != first.test_set:
             said = f"logits of other test samples than in {logits_path(first.run)}; compare each test set separately"
             raise DataError(f"{logits_path(each.run)}: {said}")
-        if each.rows_before != first.rows_before:
+        if each.results.rows_before != first.results.rows_before:
             said = f"missing tables drawn after splits of other sizes than in {logits_path(first.run).parent}"
             raise DataError(f"{logits_path(each.run).parent}: {said}; run `python run.py robustness` again")
     metric = AT_OFFSET if at_offset else task.monitor
@@ -191,7 +183,7 @@ def _group(
             comparison = Comparison(one, other, pattern, means, difference, of_seeds, task.monitor)
             comparisons.append(comparison)
         log.info("%s, %s: compared %s by %s", dataset, pattern.title, ", ".join(labels), metric)
-    answers = baselines(task, first.split.labels, first.class_names)
+    answers = baselines(task, first.split.labels, first.results.raw["class_names"])
     return Group(
         dataset, task, metric, trained_at, drawing, lines, labels, len(first.split.labels), answers, comparisons
     )
@@ -220,8 +212,8 @@ def _tables(stored: _Stored, trained_at: Pattern, pattern: Pattern, settings: Se
     root = settings.missing_table_root or Path(str(stored.run.config.get("missing_table_root", "")))
     spec, split = stored.run.spec, stored.split
     described = [MissingPattern(*pattern, seed) for seed in settings.table_seeds]
-    if stored.rows_before:
-        rows = dict(zip(SPLITS, (*stored.rows_before, split.table_rows), strict=True))
+    if before := stored.results.rows_before:
+        rows = dict(zip(SPLITS, (*before, split.table_rows), strict=True))
         described = [after_training(MissingPattern(*trained_at, each.seed), each, rows) for each in described]
     drawn = [
         load_missing_table(root, spec.table_name, "test", each, split.table_rows, keep=False) for each in described

@@ -14,7 +14,7 @@ from common.strict_json import write_json
 from common.text import baseline_texts, counted, figure, interval_text, metric_text, per_cent, terminal_table
 from engine.sample_statistics import LEVEL
 from runs.check_options import read_options
-from runs.compare import Group, Settings, compare_runs, drawing_of, has_logits
+from runs.compare import Group, Settings, compare_runs, drawing_of
 from runs.run_reader import runs_of_each
 from vilt.missing_tables import NESTED
 
@@ -45,13 +45,13 @@ def compare_places(config: Mapping[str, Any], given: set[str]) -> str:
     runs, damaged = runs_of_each(places)
     for error in damaged.values():
         log.warning("left out: %s", error)
-    without = [run.folder for run in runs if not (run.is_evaluation or run.pretrains or has_logits(run))]
+    without = [run.folder for run in runs if not (run.is_evaluation or run.pretrains or run.has_logits)]
     if without:
         others = f" and {len(without) - 3} more" if len(without) > 3 else ""
         log.warning("left out for lack of stored logits: %s%s", ", ".join(map(str, without[:3])), others)
     groups = compare_runs(runs, settings)
     if not groups:
-        stored = [run for run in runs if has_logits(run)]
+        stored = [run for run in runs if run.has_logits]
         existing = dict.fromkeys(
             f"{run.config['prompt_type']} on {run.dataset} at {run.pattern}{_drawn(drawing_of(run))}" for run in stored
         )

@@ -6,12 +6,17 @@ report and the comparison all use this grouping.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from common.text import Estimate, estimate
 from config import DEFAULTS
 from runs.comparable import ADDITIONS, additions, checkpoint_label, other_input
+from runs.pattern import Pattern
 from runs.run_reader import Run
+from vilt.datasets.specs import DatasetSpec
+
+if TYPE_CHECKING:
+    from runs.stored_results import Robustness
 
 T = TypeVar("T")
 SWITCHES = {name for name, default in DEFAULTS.items() if default in ("", None, 0, 1)}  # equal to False and True, too
@@ -95,3 +100,17 @@ def spread_of(values: Sequence[Sequence[float]]) -> Spread | None:
         return Spread(means, f"{len(run_estimates)} training seeds")
     (only,) = run_estimates
     return Spread(only, f"{only.n + only.undefined} missing tables" if only.n > 1 else "")
+
+
+def spreads_of(metric: str, results: "Sequence[Robustness]", spec: DatasetSpec) -> dict[Pattern, Spread]:
+    """A metric's spread in the results of a line's runs, by pattern, sorted by type and ratio.
+
+    Patterns whose results lack the metric are left out.
+    """
+    found: dict[Pattern, Spread] = {}
+    patterns = {pattern for each in results for pattern in each.cells}
+    for pattern in sorted(patterns, key=lambda pattern: pattern.place(spec)):
+        cells = [cell["metrics"] for each in results if (cell := each.at(pattern))]
+        if spread := spread_of([metrics[metric]["values"] for metrics in cells if metric in metrics]):
+            found[pattern] = spread
+    return found

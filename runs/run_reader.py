@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError, DataError
 from common.messages import first_line, quoted
@@ -26,6 +26,9 @@ from runs.pattern import Pattern
 from runs.sweep.jobs import error_in
 from vilt.datasets.custom import CUSTOM, CUSTOM_TASKS, CustomData
 from vilt.datasets.specs import CLIP, EVERY_DATASET, SPLITS, DatasetSpec, spec_of
+
+if TYPE_CHECKING:
+    from runs.stored_results import Robustness, StoredLogits
 
 RUN_FILES = ("best.ckpt", "last.ckpt", "metrics.csv", "test_results.json")
 """Any of these identifies a run folder, even if its config.json does not."""
@@ -106,6 +109,25 @@ class Run:
         if self.test is None:
             return None
         return Pattern.of(self.spec, *(self.test["missing_pattern"][name] for name in Pattern._fields))
+
+    @cached_property
+    def robustness(self) -> "Robustness | None":
+        """Its robustness results, if any."""
+        from runs.stored_results import read_robustness  # loads torch, which a table of runs need not do
+
+        return read_robustness(self)
+
+    @property
+    def logits(self) -> "StoredLogits | None":
+        """The logits of its robustness results, if any. Not cached, since those of many runs may be large."""
+        from runs.stored_results import read_logits
+
+        return read_logits(self)
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether it has robustness results and their logits."""
+        return all((self.folder / "robustness" / name).is_file() for name in ("robustness.json", "logits.arrow"))
 
     @cached_property
     def best_validation(self) -> float | None:

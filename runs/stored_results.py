@@ -28,6 +28,12 @@ class Robustness:
     cells: dict[Pattern, dict[str, Any]]
     offset: float | None  # chosen in the run's validation, see `engine/decision.py`
 
+    @classmethod
+    def of(cls, content: dict[str, Any], spec: DatasetSpec) -> "Robustness":
+        """The results in the content of a robustness.json."""
+        raw = {"baselines": {}, **_undefined_as_nan(content)}  # results of older versions have no baselines
+        return cls(raw, cells_by_pattern(spec, raw["cells"]), content.get("offset"))
+
     def at(self, pattern: Pattern) -> dict[str, Any] | None:
         """The results at a pattern, if any; at ratio 0, all missing types are the same."""
         complete = (cell for found, cell in self.cells.items() if found.ratio == pattern.ratio == 0)
@@ -83,8 +89,7 @@ def read_robustness(run: Run) -> Robustness | None:
         rows = written.get("rows_before", [])
         if not isinstance(rows, list) or len(rows) not in (0, 2) or any(type(n) is not int or n < 1 for n in rows):
             raise ValueError(f"rows_before: expected an empty list or two numbers of rows, found {quoted(rows)}")
-        raw = {"baselines": {}, **_undefined_as_nan(written)}  # results of older versions have no baselines
-        return Robustness(raw, cells_by_pattern(run.spec, raw["cells"]), offset)
+        return Robustness.of(written, run.spec)
 
 
 def _undefined_as_nan(value: Any) -> Any:
@@ -95,10 +100,10 @@ def _undefined_as_nan(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def read_logits(run: Run, results: Robustness) -> StoredLogits | None:
+def read_logits(run: Run) -> StoredLogits | None:
     """Reads a run's stored logits; None if there are none. Raises DataError unless they belong to its results."""
-    path = logits_path(run)
-    if not path.is_file():
+    path, results = logits_path(run), run.robustness
+    if results is None or not path.is_file():
         return None
     split, names, described = read_split(path, run.spec)
     for what, ours, theirs in (

@@ -31,7 +31,7 @@ from config import DEFAULTS
 from engine.checkpoint import ModelSpec, describe, read_checkpoint, restore_classifier, saved_state
 from engine.items import read_items
 from runs.check_options import read_options
-from runs.report.page import configurations
+from runs.report.parts import configurations
 from runs.report.results import read_report_runs
 from runs.run_table import list_runs
 from tests.archives import rewritten

@@ -59,9 +59,13 @@ def dataset_of(*folders: Path) -> Dataset:
     return found
 
 
+def notes_in(part: parts.Part) -> list[parts.Note]:
+    return [item for item in part.shown if isinstance(item, parts.Note)]
+
+
 def notes_of(*folders: Path) -> str:
     """Text of all notes in the dataset's section."""
-    return "\n".join(note.text for part in section_of(dataset_of(*folders)).parts for note in part.notes)
+    return "\n".join(note.text for part in section_of(dataset_of(*folders)).parts for note in notes_in(part))
 
 
 def as_csv(table: Table) -> list[dict[str, str]]:
@@ -485,12 +489,12 @@ def test_training_curves_have_a_panel_per_configuration_and_a_curve_per_run(tmp_
         write_run(tmp_path / f"{length}_{seed}", memory_length=length, seed=seed)
     (tmp_path / "12_0" / "metrics.csv").write_text("epoch,step,train/loss,val/f1_macro\n0,0,0.5,\n")
     [part] = [part for part in section_of(dataset_of(tmp_path)).parts if part.title == "Training curves"]
-    [shown], [loss] = part.shown, part.folded.values()
+    [shown, note], [loss] = part.shown, part.folded.values()
     assert isinstance(shown, figures.Figure) and isinstance(loss, figures.Figure)
     assert [svg.count("fill: none; stroke: #0072b2") for _, svg in shown.panels] == [2]
     assert [len(shown.panels), len(loss.panels)] == [1, 2]
     assert f"averaged to {figures.CURVE_POINTS} points." in shown.caption
-    assert [note.text.split(":")[0] for note in part.notes] == ["Missing for R3"]
+    assert isinstance(note, parts.Note) and note.text.split(":")[0] == "Missing for R3"
 
 
 def test_few_configurations_share_panels_and_many_have_their_own(tmp_path: Path) -> None:
@@ -608,9 +612,9 @@ def test_equal_patterns_compare_equal() -> None:
 def samples_of(folder: Path) -> tuple[Table, str]:
     """The table of samples for the only run below a folder, and its notes."""
     part = section_of(dataset_of(folder)).parts[-1]
-    [shown] = part.shown
+    shown = part.shown[0]
     assert isinstance(shown, Table)
-    return shown, "".join(note.text for note in part.notes)
+    return shown, "".join(note.text for note in notes_in(part))
 
 
 def test_samples_whose_predictions_change_most_come_first(runs: Path) -> None:
@@ -684,7 +688,7 @@ def test_missing_pictures_are_noted(tmp_path: Path, fault: str) -> None:
         films.write_bytes(films.read_bytes().replace(b"\x89PNG", b"\x89BAD"))
     if fault == "logits":
         (run / "robustness" / "logits.arrow").unlink()
-        assert "no logits.arrow in R1" in notes_of(run) and section_of(dataset_of(run)).parts[-1].shown == []
+        assert "no logits.arrow in R1" in notes_of(run)
         return
     table, note = samples_of(run)
     assert len(table.pictures) == 24 and set(table.pictures.values()) == {None}

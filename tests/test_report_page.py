@@ -129,7 +129,7 @@ def test_the_markdown_file_agrees_with_the_page(report: Path, page: Page, runs: 
     assert "    python run.py with task_finetune_mmimdb data_root=/home/somebody/films\n" in markdown
     named = re.search(r"^    (python run\.py report with .*)", markdown, re.MULTILINE)
     assert named and shlex.split(named[1])[-2:] == [f"runs=[{runs / 'others'},{runs / 'mmimdb'}]", f"out={report}"]
-    assert '"torch": "2.13.0"' in markdown and "**52.31**" in markdown
+    assert '"packages.torch": "2.13.0"' in markdown and "**52.31**" in markdown
 
 
 def test_a_report_is_replaced_and_a_foreign_folder_is_not(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -202,7 +202,8 @@ def test_sections_and_their_parts_are_in_order(page: Page, report: Path) -> None
     assert headings[: len(expected)] == expected
     assert "5 runs" in page.text
     assert "2 of 3 trained runs with robustness results, on 30 test samples." in page.text
-    assert {f"reproduce-R{number}" for number in (1, 5)} <= {attributes.get("id") for attributes in page.all("h3")}
+    ids = [str(attributes.get("id")) for attributes in page.all("h3")]
+    assert all(any(name.startswith(f"reproduce-r{number}-") for name in ids) for number in (1, 5))
 
 
 def test_missing_files_are_reported(tmp_path: Path) -> None:
@@ -267,7 +268,7 @@ def test_configurations_left_out_of_the_bars_are_counted(tmp_path: Path) -> None
     [dataset] = by_dataset(read_report_runs([tmp_path]))
     by_class = _results_parts(dataset)[0]
     assert len(by_class.shown[0].panels) == 3  # type: ignore[union-attr]
-    assert "1 other configuration" in by_class.notes[0].text
+    assert "1 other configuration" in by_class.shown[1].text  # type: ignore[union-attr]
 
 
 def test_hostile_texts_have_no_effect(page: Page, report: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from common.text import AT_OFFSET, LOWER_IS_BETTER, Estimate, estimate, order_of
 from engine.sample_statistics import LEVEL
 from engine.significance import Difference, holm
 from runs.compare import Settings, compare_runs
-from runs.lines import RunLine, Spread, lines_of, spread_of
+from runs.lines import RunLine, Spread, lines_of, spreads_of
 from runs.pattern import Pattern
 from runs.report.results import PUBLISHED_BACKBONE, ReportRun
 from runs.report.text import CAPTIONS, Unit, capital, dataset_title, excerpt, listed, metric_title, without
@@ -56,14 +56,8 @@ class Line:
         return [(run, run.robustness) for run in self.runs if run.robustness is not None]
 
     def spreads_of(self, metric: str) -> dict[Pattern, Spread]:
-        """A metric by evaluation pattern, sorted by type and ratio; patterns whose results lack it are left out."""
-        patterns = {pattern for _, results in self.results for pattern in results.cells}
-        found: dict[Pattern, Spread] = {}
-        for pattern in sorted(patterns, key=lambda pattern: pattern.place(self.spec)):
-            cells = [cell["metrics"] for _, results in self.results if (cell := results.at(pattern))]
-            if spread := spread_of([metrics[metric]["values"] for metrics in cells if metric in metrics]):
-                found[pattern] = spread
-        return found
+        """A metric by evaluation pattern, see `runs/lines.py`."""
+        return spreads_of(metric, [results for _, results in self.results], self.spec)
 
     @cached_property
     def matrix(self) -> dict[Pattern, Estimate]:

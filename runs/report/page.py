@@ -1,7 +1,6 @@
 """Writes the report: an HTML page, the same as Markdown, and its tables and figures as files."""
 
 import base64
-import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
@@ -16,12 +15,11 @@ from common.files import check_replaceable, whole_folder, writing
 from common.text import counted
 from runs.report.figures import Figure
 from runs.report.lines import by_dataset
-from runs.report.parts import report_command, section_of
+from runs.report.parts import commands_section, runs_section, section_of
 from runs.report.results import ReportRun, read_report_runs
 from runs.report.search import search_section
-from runs.report.tables import runs_table
-from runs.report.text import listed, without_home
-from runs.run_reader import flat_options
+from runs.report.table import Table
+from runs.report.text import listed
 from runs.sweep.jobs import search_of
 
 MARKER = "report.json"
@@ -54,41 +52,20 @@ def make_report(places: Sequence[Path], out: Path) -> Path:
     others = [run for run in runs if run not in in_searches]
     datasets = by_dataset(others)
     sections = [section_of(dataset) for dataset in datasets]
-    title = f"Robustness to missing modalities: {listed([section.title for section in sections])}"
-    sections += [search_section(sweep, trial_runs, n) for n, (sweep, trial_runs) in enumerate(trials.items(), start=1)]
-    files = _files(
-        {
-            "title": title if datasets else listed([section.title for section in sections]),
-            "date": f"{now.day} {now:%B %Y}",
-            "n_runs": counted(len(runs), "run"),
-            "sections": sections,
-            "runs": runs_table(runs, datasets),
-            "configurations": configurations(others),
-            "details": others,
-            "report_command": report_command(places, out),
-        }
-    )
+    about = "Robustness to missing modalities: " if datasets else ""
+    sections += [
+        *(search_section(sweep, of_search, n) for n, (sweep, of_search) in enumerate(trials.items(), start=1)),
+        runs_section(runs, datasets, others),
+        commands_section(others, places, out),
+    ]
+    titles = [section.title for section in sections[: len(datasets)] or sections[: len(trials)]]
+    content = {"title": about + listed(titles), "sections": sections}
+    files = _files(content | {"date": f"{now.day} {now:%B %Y}", "n_runs": counted(len(runs), "run")})
     with writing(f"out={out}"), whole_folder(out, MARKER, MAKER) as folder:
         for name, data in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(data)
     return out / "index.html"
-
-
-def configurations(runs: Sequence[ReportRun]) -> dict[str, list[str]]:
-    """Options and versions as JSON, keyed by title: first those that all runs share, then what each has beyond that."""
-    which = f"of {runs[0].title}" if len(runs) == 1 else "that all runs share"
-    titles = [f"Configuration and versions {which}", *(f"Beyond that, {run.title}" for run in runs)]
-    found: dict[str, list[str]] = {title: [] for title in titles}
-    for records in ([flat_options(run.config) for run in runs], [flat_options(run.versions or {}) for run in runs]):
-        first, *others = [record for record in records if record] or [{}]
-        same = {name: v for name, v in first.items() if all(name in other and other[name] == v for other in others)}
-        own = [{name: value for name, value in record.items() if name not in same} for record in records]
-        for texts, part in zip(found.values(), [same, *own], strict=True):
-            texts += [without_home(json.dumps(part, indent=2))] if part else []
-    for title, run in zip(titles[1:], runs, strict=True):
-        found[title] += [] if run.versions else ["Versions are unknown, since environment.json is missing."]
-    return {title: texts for title, texts in found.items() if texts}
 
 
 def _files(content: dict[str, Any]) -> dict[str, bytes]:
@@ -102,10 +79,10 @@ def _files(content: dict[str, Any]) -> dict[str, bytes]:
     texts = {"index.html": html.get_template("page.html.j2"), "report.md": markdown.get_template("report.md.j2")}
     files = {name: template.render(content).encode(errors="replace") for name, template in texts.items()}
     parts = [part for section in content["sections"] for part in section.parts]
-    for item in (content["runs"], *(i for part in parts for i in (*part.shown, *part.folded.values()))):
+    for item in (item for part in parts for item in (*part.shown, *part.folded.values())):
         if isinstance(item, Figure):
             files |= {f"figures/{item.name}.svg": item.svg.encode(), f"figures/{item.name}.png": item.png}
-        elif item.rows:
+        elif isinstance(item, Table) and item.rows:
             files |= {name: data for name, data in item.pictures.items() if data is not None}
             files[f"tables/{item.name}.csv"] = item.csv().encode(errors="replace")
     return files

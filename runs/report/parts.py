@@ -1,5 +1,6 @@
 """The content of the report in order: a section per dataset, and its parts."""
 
+import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -15,30 +16,33 @@ from runs.report.results import ReportRun, listed_runs
 from runs.report.samples import sample_table
 from runs.report.table import Table
 from runs.report.text import listed, without, without_home
+from runs.run_reader import flat_options
 
 CLASSES_SHOWN = 3
 """Maximum number of lines whose results by class are shown; per_class.csv of each run has them all."""
 
 
 class Note(NamedTuple):
-    """A note, for example on missing results, and a command."""
+    """A note, for example on missing results, and a command or other verbatim text."""
 
     text: str
-    command: str = ""
+    verbatim: str = ""
+
+
+Item = Figure | Table | Note
 
 
 @dataclass
 class Part:
-    """A heading of a section and the content under it."""
+    """A heading of a section, unless it is empty, and the content under it."""
 
     title: str
-    shown: list[Figure | Table] = field(default_factory=list)
-    folded: dict[str, Figure | Table] = field(default_factory=dict)  # keyed by the title shown while folded
-    notes: list[Note] = field(default_factory=list)
+    shown: list[Item] = field(default_factory=list)
+    folded: dict[str, Item] = field(default_factory=dict)  # keyed by the title shown while folded
 
 
 class Section(NamedTuple):
-    """The section of a dataset or a search."""
+    """The section of a dataset or a search, whose summaries stand at the top of the page, or one about all runs."""
 
     anchor: str
     title: str
@@ -57,8 +61,8 @@ def section_of(dataset: Dataset) -> Section:
         if lacking := [run for run in runs if run.robustness is None and (run.folder / "best.ckpt").is_file()]:
             few = ", ".join(f"{run.tag} ({run.place})" for run in lacking) if len(lacking) <= 3 else ""
             text = f"{few or listed_runs(lacking)}: no robustness results. This command computes them:"
-            parts[-1].notes.append(Note(text, robustness_command(lacking)))
-        parts[-1].notes += [Note(f"{run.tag} ({run.place}) failed: {run.failure}") for run in runs if run.failure]
+            parts[-1].shown.append(Note(text, robustness_command(lacking)))
+        parts[-1].shown += [Note(f"{run.tag} ({run.place}) failed: {run.failure}") for run in runs if run.failure]
     if dataset.measured:
         parts.append(Part("Missing type × missing ratio", [tables.matrix_table(dataset)]))
         if dataset.decides_elsewhere:
@@ -73,7 +77,7 @@ def section_of(dataset: Dataset) -> Section:
             [expected, *_] = dataset.spec.published_rows["test"]
             found = f"ours has {dataset.test_rows:,}" if dataset.test_rows else "the size of ours is unknown"
             text = f"the published results are on a test split of {expected:,} items, {found}"
-            parts[-1].notes.append(Note(f"Not comparable: {text}."))
+            parts[-1].shown.append(Note(f"Not comparable: {text}."))
             parts[-1].folded |= published
     if trained:
         parts.append(_training_part(dataset, trained))
@@ -127,7 +131,7 @@ def _training_part(dataset: Dataset, runs: Sequence[ReportRun]) -> Part:
     if any(len(run.curve("train/loss")) for run in runs):
         part.folded["Training loss"] = figures.training_figure(dataset, "train/loss", "Training loss", 1)
     if lacking := [run for run in runs if not run.pretrains and not len(run.curve(metric))]:
-        part.notes.append(Note(f"Missing for {listed_runs(lacking)}: metrics.csv does not exist or has no {metric}."))
+        part.shown.append(Note(f"Missing for {listed_runs(lacking)}: metrics.csv does not exist or has no {metric}."))
     return part
 
 
@@ -139,9 +143,8 @@ def _results_parts(dataset: Dataset) -> list[Part]:
         title = f"Results by {'genre' if dataset.key == 'mmimdb' else 'class'}"
         parts.append(Part(title, [figures.class_figure(dataset, first)]))
         if more := len(dataset.measured) - len(first):
-            parts[-1].notes = [
-                Note(f"Not shown: {counted(more, 'other configuration')}; see per_class.csv in their runs.")
-            ]
+            text = f"Not shown: {counted(more, 'other configuration')}; see per_class.csv in their runs."
+            parts[-1].shown.append(Note(text))
     elif spec.n_classes > 2:
         table = tables.confusion_table(dataset)
         parts.append(Part("Confusion matrix" if "as_1" in table.columns else "Most frequent confusions", [table]))
@@ -149,14 +152,14 @@ def _results_parts(dataset: Dataset) -> list[Part]:
         parts.append(Part("ROC curves", [figures.roc_curves(dataset)]))
     parts.append(Part("Confidence intervals", [tables.confidence_table(dataset)]))
     if lacking := [run for _, run, found in dataset.results if not found.raw["confidence"]["resamples"]]:
-        parts[-1].notes = [Note(f"No confidence intervals for {listed_runs(lacking)}: evaluated with bootstrap=0.")]
+        parts[-1].shown.append(Note(f"No confidence intervals for {listed_runs(lacking)}: evaluated with bootstrap=0."))
     parts.append(Part("Test samples that change the most"))
     if (run := run_of_samples(best)) is not None:
         table, note = sample_table(run, best.label)
-        parts[-1].shown, parts[-1].notes = [table], [Note(note)] if note else []
+        parts[-1].shown = [table, *([Note(note)] if note else [])]
     else:
         tags = listed_runs([run for run, _ in best.results])
-        parts[-1].notes = [Note(f"No samples: no logits.arrow in {tags}.")]
+        parts[-1].shown = [Note(f"No samples: no logits.arrow in {tags}.")]
     return parts
 
 
@@ -181,7 +184,34 @@ def robustness_command(runs: Sequence[ReportRun]) -> str:
     return without_home(shlex.join(["python", "run.py", "robustness", "with", *options]))
 
 
-def report_command(places: Sequence[Path], out: Path) -> str:
-    """The command that writes a report on the folders `places` to the folder `out`."""
-    folders = ",".join(map(str, places))
-    return without_home(shlex.join(["python", "run.py", "report", "with", f"runs=[{folders}]", f"out={out}"]))
+def runs_section(runs: Sequence[ReportRun], datasets: Sequence[Dataset], others: Sequence[ReportRun]) -> Section:
+    """The table of all runs, and the configurations of those that are no trials of a search."""
+    folded: dict[str, Item] = {title: Note("", text) for title, text in configurations(others).items()}
+    part = Part("", [tables.runs_table(runs, datasets)], folded)
+    return Section("runs", "Runs and configurations", "", [part])
+
+
+def configurations(runs: Sequence[ReportRun]) -> dict[str, str]:
+    """Options and versions as JSON, keyed by title: first those that all runs share, then what each has beyond that."""
+    which = f"of {runs[0].title}" if len(runs) == 1 else "that all runs share"
+    titles = [f"Configuration and versions {which}", *(f"Beyond that, {run.title}" for run in runs)]
+    found: dict[str, list[str]] = {title: [] for title in titles}
+    for records in ([flat_options(run.config) for run in runs], [flat_options(run.versions or {}) for run in runs]):
+        first, *others = [record for record in records if record] or [{}]
+        same = {name: v for name, v in first.items() if all(name in other and other[name] == v for other in others)}
+        own = [{name: value for name, value in record.items() if name not in same} for record in records]
+        for texts, part in zip(found.values(), [same, *own], strict=True):
+            texts += [without_home(json.dumps(part, indent=2))] if part else []
+    for title, run in zip(titles[1:], runs, strict=True):
+        found[title] += [] if run.versions else ["Versions are unknown, since environment.json is missing."]
+    return {title: "\n".join(texts) for title, texts in found.items() if texts}
+
+
+def commands_section(runs: Sequence[ReportRun], places: Sequence[Path], out: Path) -> Section:
+    """The commands that repeat the runs, and the one that writes a report on the folders `places` to `out`."""
+    parts = [Part("", [Note("Commands as typed, to be run in the folder of the code.")])]
+    unknown = Note("The command is unknown, since environment.json is missing.")
+    parts += [Part(run.title, [Note("", run.command) if run.command else unknown]) for run in runs]
+    words = ["python", "run.py", "report", "with", f"runs=[{','.join(map(str, places))}]", f"out={out}"]
+    parts.append(Part("This report", [Note("", without_home(shlex.join(words)))]))
+    return Section("reproduce", "How to reproduce this", "", parts)

@@ -17,10 +17,9 @@ from common.strict_json import read_json
 from common.text import estimate
 from engine.exported import DESCRIPTION
 from runs.comparable import checkpoint_label
-from runs.compare import has_logits, values_at
+from runs.compare import values_at
 from runs.report.text import dataset_title, without_home
 from runs.run_reader import Run, as_written_by_run, open_checkpoint, runs_of_each
-from runs.stored_results import Robustness, StoredLogits, read_logits, read_robustness
 from vilt.missing_tables import PUBLISHED
 
 log = logging.getLogger("rep")
@@ -45,16 +44,6 @@ class ReportRun(Run):
         """Title for headings."""
         kind, seed = "evaluation" if self.is_evaluation else "training", self.config["seed"]
         return f"{self.tag}: {self.place} ({dataset_title(self.dataset)}, {kind}, seed {seed})"
-
-    @cached_property
-    def robustness(self) -> Robustness | None:
-        """The run's robustness results, if any."""
-        return read_robustness(self)
-
-    @property
-    def logits(self) -> StoredLogits | None:
-        """The stored logits. Not cached, since the logits of all runs together may be large."""
-        return read_logits(self, self.robustness) if self.robustness is not None else None
 
     @cached_property
     def test_set(self) -> tuple[str, int] | None:
@@ -119,7 +108,7 @@ class ReportRun(Run):
             return None
         if cell := found.at(self.pattern):
             return {metric: figures["values"] for metric, figures in cell["metrics"].items()}
-        return values_at(self, self.pattern, tuple(found.raw["table_seeds"])) if has_logits(self) else None
+        return values_at(self, self.pattern, tuple(found.raw["table_seeds"])) if self.has_logits else None
 
     def at_own_pattern(self, metric: str) -> float | None:
         """A metric at the training pattern: mean over missing tables or, if it was not measured, the test result."""

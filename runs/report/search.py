@@ -53,7 +53,7 @@ def search_section(folder: Path, runs: Sequence[ReportRun], place: int) -> Secti
         parts.insert(0, Part("Best score by trial", [_history(trials, metric, unit, f"search_{place}_history")]))
         run = next((run for run in runs if f"_trial_{best.number}_seed" in run.place), None)
         if run and run.command:
-            parts[0].notes = [Note(f"This command repeats the best trial, {run.tag}:", run.command)]
+            parts[0].shown.append(Note(f"This command repeats the best trial, {run.tag}:", run.command))
         parts.append(Part("Importance of each option"))
         if len(best_first) >= TRIALS_FOR_IMPORTANCES:
             with warnings.catch_warnings(action="ignore"):  # about an experimental evaluator and few trials
@@ -61,7 +61,7 @@ def search_section(folder: Path, runs: Sequence[ReportRun], place: int) -> Secti
             rows = [{"option": name, "importance": number(share, Unit(100, 0, ""))} for name, share in shares.items()]
             parts[-1].shown = [Table(f"search_{place}_importances", CAPTIONS["importances"], rows)]
         else:
-            parts[-1].notes = [Note(f"Missing: this needs {TRIALS_FOR_IMPORTANCES} trials with different values.")]
+            parts[-1].shown = [Note(f"Missing: this needs {TRIALS_FOR_IMPORTANCES} trials with different values.")]
     title = f"Search {folder.resolve().name} ({dataset_title(runs[0].dataset)})"
     return Section(f"search-{place}", title, summary, parts)
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +23,6 @@ from clip.modules.vision_transformer_memory import ClipBackbone
 from config import DEFAULTS
 from engine.checkpoint import ModelSpec, build_classifier
 from runs.check_options import check
-from runs.experiment import EX
 from runs.training import Opened, train_from
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.kinds import InputFormat
@@ -83,7 +81,6 @@ def seconds_of_epoch(folder: Path, name: str, **head: Any) -> float:
             dataset.cached = {name: torch.randn(dataset.n_rows, width) for name, width in widths.items()}
 
     stopwatch = Stopwatch()
-    EX.current_run = SimpleNamespace(info={})  # type: ignore[assignment]  # as under a command
     patches = patch("runs.training.cache_features", cached), patch("engine.families.ClipFamily.start_embeddings")
     with patches[0], patches[1], redirect_stdout(StringIO()):
         train_from(options, "timed", stopwatch, opened=Opened(options, None, backbone, inputs, data, {}))

@@ -3,7 +3,6 @@
 import logging
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,7 +15,6 @@ from demo.backbone import make_backbone
 from demo.data import write_pretrain, write_task
 from engine.training import model_input
 from runs.check_options import check
-from runs.experiment import EX
 from runs.training import train_from
 from vilt.batches import Batch
 
@@ -95,6 +93,5 @@ def rates(folder: Path, device: torch.device, epochs: int, **more: Any) -> list[
         **{name: str(folder / place) for name, place in places.items()},
     }
     stopwatch = Stopwatch()
-    EX.current_run = SimpleNamespace(info={})  # type: ignore[assignment]  # as within a command
     train_from(check({**DEFAULTS, **options, **more}), "timed", stopwatch)
     return stopwatch.rates[1:]  # the first epoch warms up

@@ -22,6 +22,8 @@ from vilt.datasets.custom import CUSTOM
 
 MAIN = "main"
 """The command if none is named: a run."""
+RECORDED = (MAIN, "robustness", "sweep")
+"""Commands of which Sacred can keep a record."""
 TEXTS = {str, Path}
 WITH_ENTRIES = ("network", "sweep_over", "sweep_slurm", "search")
 """Options that are dictionaries with arbitrary keys."""
@@ -79,10 +81,10 @@ def read_command_line(words: Sequence[str], commands: Mapping[str, Any]) -> Comm
     """Parses the words after `run.py`.
 
     Args:
-        commands: the commands of Sacred's experiment, keyed by name.
+        commands: the commands, keyed by name.
 
     Raises:
-        ConfigError: a command, flag, named config, option or file is unknown, or `seed`, which Sacred uses, is invalid.
+        ConfigError: a command, flag, named config, option or file is unknown, or `seed` is invalid.
     """
     flags = _Flags().parse_intermixed_args(["-h" if word == "help" else word for word in words])
     found, rest = CommandLine(help=flags.help, record=flags.file_storage), list(flags.words)
@@ -99,7 +101,7 @@ def read_command_line(words: Sequence[str], commands: Mapping[str, Any]) -> Comm
             )
     if found.help:
         return found
-    if found.record is not None and getattr(commands[found.command], "unobserved", False):
+    if found.record is not None and found.command not in RECORDED:
         raise ConfigError(f"-F: {found.command} keeps no record; leave it out")
     if rest and rest[0] != "with":
         raise ConfigError(f"{rest[0]}: expected `with` before it, as in `run.py {found.command} with {' '.join(rest)}`")
@@ -117,7 +119,7 @@ def read_command_line(words: Sequence[str], commands: Mapping[str, Any]) -> Comm
         name, equals, value = word.partition("=")
         if equals:
             set_option(found.updates, name, typed(name, value))
-    for name, value in found.updates.items():  # Sacred would reject these without naming them, or use them unchecked
+    for name, value in found.updates.items():  # some would otherwise go unchecked
         if isinstance(value, dict) and name not in WITH_ENTRIES:
             if not isinstance(DEFAULTS[name], dict) or any(isinstance(one, dict) for one in value.values()):
                 raise wrong(name, "a value, not a dictionary", value)

@@ -54,7 +54,7 @@ def predict_file(options: Options, given: set[str]) -> str:
 def embed_file(config: Mapping[str, Any], options: Options, given: set[str]) -> str:
     """Writes load_path's features of the samples in `input`, or of a `split`, to `output`; returns a summary.
 
-    Takes Sacred's `config`; the other arguments and the errors are those of `predict_file`.
+    Takes all options, not checked yet, as `config`; the other arguments and the errors are those of `predict_file`.
     """
     options = on_this_machine(options)
     assert options.output is not None

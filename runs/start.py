@@ -27,7 +27,7 @@ from config import Options
 from engine.contents import CONTENTS_FILE
 from engine.optimization import schedule_steps, warmup_steps
 from engine.tasks import counts_as_published
-from runs.experiment import EX
+from runs.record import NOTED
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.custom import CUSTOM, CustomData
 from vilt.datasets.specs import DatasetSpec, Split
@@ -52,7 +52,7 @@ def start_folder(options: Options, name: str, custom: CustomData | None, content
     Lightning passes the folder on to the other processes.
     """
     folder = make_run_folder(options.log_dir, name)
-    EX.current_run.info["folder"] = str(folder)  # type: ignore[attr-defined]  # for `command_line`, and Sacred's record
+    NOTED["folder"] = str(folder)
     write_json(folder / "config.json", config_content(options, custom))
     write_json(folder / CONTENTS_FILE, contents)
     write_json(folder / "environment.json", {"command": command(), **environment()})

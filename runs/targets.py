@@ -56,7 +56,7 @@ def open_targets(config: Mapping[str, Any], given: set[str]) -> list[Target]:
     """Opens all checkpoints in `load_path` and checks them before any heavy work starts.
 
     Args:
-        config: Sacred's configuration.
+        config: the options, not checked yet.
         given: names of the options set on the command line.
 
     Raises:

@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from common.errors import ConfigError
 from config import DEFAULTS, OPTIONS
-from run import EX, command_line
+from run import COMMANDS, command_line
 from runs.check_options import read_options, values_of_options
 from runs.command_line import CommandLine, is_text, read_command_line, written
 from tests.conftest import Captured, Patch
@@ -24,7 +24,7 @@ TYPED = (
 
 
 def read(*words: str) -> CommandLine:
-    return read_command_line(words, EX.commands)
+    return read_command_line(words, COMMANDS)
 
 
 def values(*words: str) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def test_near_misses_give_one_line_with_a_hint(line, capsys, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", EX.commands)
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("words", [["{}", "--help"], ["{}", "with", "seed=1", "-h"], ["{}", "-h", "seed"]])
 def test_help_for_a_command_lists_its_options(
     command: str, words: list[str], capsys: Captured, monkeypatch: Patch

@@ -110,7 +110,7 @@ def test_a_non_finite_loss_ends_the_run_and_its_traceback_is_saved(workspace, tm
 @pytest.mark.parametrize(
     "options", [[], ["with", "no.such"], ["with", "run.py"], ["with", "clip"], ["with", "seed=0", "-l", "x"]]
 )
-def test_a_command_line_that_sacred_cannot_parse_gives_one_line(options, monkeypatch, capsys):
+def test_a_command_line_that_cannot_be_parsed_gives_one_line(options, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert command_line(["run.py", *options]) == 2
     said = capsys.readouterr().err.splitlines()
@@ -125,7 +125,7 @@ def test_help_is_no_error(asked: str, capsys: Captured) -> None:
 
 
 def test_configuration_files_cannot_run_code(workspace: Workspace, tmp_path: Path, capsys: Captured) -> None:
-    """Sacred reads pickles, and JSON with jsonpickle, which creates any object a file names."""
+    """As pickles, YAML and jsonpickle could, which create any object a file names."""
     made = tmp_path / "made"
     write_json(
         tmp_path / "bad.json", {"exp_name": {"py/reduce": [{"py/function": "os.mkdir"}, {"py/tuple": [str(made)]}]}}

@@ -652,13 +652,13 @@ def test_samples_are_of_the_best_run(tmp_path: Path, monkeypatch: Patch, task: s
     """The best run has the lowest value if the metric is an error."""
     for seed, tested in ((0, 0.5), (1, 0.75)):
         write_run(tmp_path / f"{seed}", task, tested=tested, seed=seed, **at("text", 0.7))
-    dataset = dataset_of(tmp_path)
-    spec = DATASETS[task]
+    runs, spec = read_report_runs([tmp_path]), DATASETS[task]
     by_type = {name: {spec.monitor: 0.5} for name in spec.type_names}
     results = Robustness({"by_type": by_type, "table_seeds": [0]}, cells={}, offset=None)
-    for run in dataset.runs:
+    for run in runs:
         monkeypatch.setitem(vars(run), "robustness", results)
         monkeypatch.setitem(vars(run), "test_set", ("", 30))
+    [dataset] = by_dataset(runs)
     shown = parts.run_of_samples(dataset.headline)
     assert shown is not None and shown.tag == better
 

@@ -100,7 +100,7 @@ class ReportRun(Run):
             return Path(named).name if Path(named).is_absolute() else named
 
     @cached_property
-    def measured(self) -> dict[str, list[float]] | None:
+    def own_values(self) -> dict[str, list[float]] | None:
         """Every metric at the training pattern with each missing table, from the robustness results or, if these lack
         the pattern, from the stored logits; None without either, or if tables were not drawn as in training."""
         found, published = self.robustness, self.config.get("missing_tables") == PUBLISHED
@@ -112,8 +112,8 @@ class ReportRun(Run):
 
     def at_own_pattern(self, metric: str) -> float | None:
         """A metric at the training pattern: mean over missing tables or, if it was not measured, the test result."""
-        if self.measured is not None:
-            over_tables = estimate(self.measured.get(metric, []))
+        if self.own_values is not None:
+            over_tables = estimate(self.own_values.get(metric, []))
             return over_tables and over_tables.mean
         return self.tested(metric) if self.tested_at == self.pattern else None
 

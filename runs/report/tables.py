@@ -78,7 +78,7 @@ def comparison_table(dataset: Dataset) -> Table:
     rows: list[Row] = []
     for line in (line for lines in dataset.compared.values() for line in lines):
         own, found = mean_std(line.at_own_pattern, unit), dataset.against_best.get(line)
-        row: Row = {"trained_at": line.pattern.title, "method": line.variant, "seeds": line.n_at_own_pattern}
+        row: Row = {"trained_at": line.pattern.title, "method": line.variant, "seeds": len(line.scores_of(metric))}
         row[metric] = replace(own, text=own.text + dataset.marked(line), strong=dataset.is_significantly_best(line))
         if dataset.decides_elsewhere:
             row[AT_OFFSET] = mean_std(line.estimate_of(AT_OFFSET), dataset.unit(AT_OFFSET))
@@ -185,7 +185,7 @@ def ours_table(dataset: Dataset) -> Table:
             if ours is None or available_of(dataset, line.pattern) != available_of(dataset, pattern):
                 continue
             row: Row = {"trained_at": line.pattern.title, "method": line.variant}
-            row["training_seeds"] = line.n_at_own_pattern
+            row["training_seeds"] = len(line.scores_of(dataset.spec.monitor))
             cell = mean_std(ours, dataset.unit())
             row["ours"] = replace(cell, text=cell.text + dataset.marked(line))
             row |= {"published": NOT_APPLICABLE, "difference": absent("not published")}

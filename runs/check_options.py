@@ -117,7 +117,7 @@ def read_prediction(config: Mapping[str, Any], command: str, *sources: str) -> O
     output = options.output or Path(default)
     if output.suffix not in suffixes:
         raise wrong("output", f"a {' or '.join(suffixes)} file", str(output))
-    return replace(options, output=output)
+    return on_this_machine(replace(options, output=output))
 
 
 def read_load_paths(config: Mapping[str, Any]) -> tuple[Path, ...]:

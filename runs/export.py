@@ -40,16 +40,11 @@ def export(load_path: Path | tuple[Path, ...] | None, out: Path | None = None) -
     return f"written to {out}: {len(checkpoint.state)} tensors, a description and a model card"
 
 
-def _values(checkpoint: Checkpoint, run: Run | None) -> str:
-    trained = None if run is None or run.test is None else run.test.get("trained_parameters")
-    n_trained = f" ({trained:,})" if trained is not None else ""
-    values = sum(tensor.numel() for tensor in checkpoint.state.values())
-    return f"{values:,} values: the trained parameters{n_trained} and the method's fixed values"
-
-
 def _card(checkpoint: Checkpoint, run: Run | None) -> str:
     spec, at, name = checkpoint.spec, checkpoint.training, str(checkpoint.backbone_name)
     test = None if run is None else run.test
+    trained = f" ({test['trained_parameters']:,})" if test and test.get("trained_parameters") is not None else ""
+    n_values = sum(tensor.numel() for tensor in checkpoint.state.values())
     if test is not None and test.get("checkpoint_sha256", checkpoint.sha256) != checkpoint.sha256:
         test = None  # the results are those of best.ckpt, and this is another checkpoint
     environment = Environment(
@@ -64,7 +59,7 @@ def _card(checkpoint: Checkpoint, run: Run | None) -> str:
         pretrains=spec.method.prompt_type in PRETRAINING,
         head=spec.head,
         hub_name=HUB_NAMES.get(name),
-        values=_values(checkpoint, run),
+        values=f"{n_values:,} values: the trained parameters{trained} and the method's fixed values",
         backbone=name if name in HUB_NAMES else Path(name).name,
         sha256=str(checkpoint.backbone_sha256),
         at=at,

@@ -19,7 +19,7 @@ from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
 from engine.ensemble import merged_checkpoint, open_models
 from engine.items import read_items
 from engine.predict import Predictor, describe_predictions, joined, write_features, write_predictions
-from runs.check_options import on_this_machine, resolve
+from runs.check_options import resolve
 from runs.evaluation import backbone_choice
 from runs.option_readers import PRECISIONS
 from runs.targets import as_trained, check_agreement, taken_from_run
@@ -39,7 +39,6 @@ def predict_file(options: Options, given: set[str]) -> str:
     Raises:
         ConfigError, DataError, CheckpointError, BackboneError: an option, a sample or the model is invalid.
     """
-    options = on_this_machine(options)
     assert options.input is not None and options.output is not None
     checkpoints = [read_checkpoint(path) for path in options.load_paths]
     items = read_items(options.input, checkpoints[0].spec.dataset)
@@ -56,7 +55,6 @@ def embed_file(config: Mapping[str, Any], options: Options, given: set[str]) -> 
 
     Takes all options, not checked yet, as `config`; the other arguments and the errors are those of `predict_file`.
     """
-    options = on_this_machine(options)
     assert options.output is not None
     if len(options.load_paths) > 1:
         raise ConfigError(f"load_path: expected one checkpoint, found {len(options.load_paths)}")

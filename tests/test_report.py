@@ -409,7 +409,7 @@ def test_confusions_are_a_matrix_or_for_many_classes_the_most_frequent(tmp_path:
 
 def test_a_long_panel_title_is_wrapped() -> None:
     title = "REP, memory_depth 6, learning_rate 0.01, trained at 70 % image"
-    drawn = figures.figure("name", "title", "", [figures.Panel(title, lambda axes: None)])
+    drawn = figures.figure("name", "title", "", [(title, lambda axes: None)])
     comments = re.findall(r"<!--(.*?)-->", drawn.svg, re.DOTALL)
     lines = [line.strip() for comment in comments for line in comment.split("\n")]
     assert "REP, memory_depth 6, learning_rate 0.01," in lines and "trained at 70 % image" in lines

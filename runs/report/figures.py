@@ -5,7 +5,7 @@ import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -44,14 +44,8 @@ CURVE_POINTS = 150
 
 Curve = tuple[Line, str, Look]
 """A line, the missing type whose curve is drawn, and its look."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One coordinate system of a figure."""
-
-    title: str
-    draw: Callable[[Axes], None]
+Panel = tuple[str, Callable[[Axes], None]]
+"""The title of one coordinate system of a figure, and what draws it."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +70,11 @@ def figure(
     legend: Mapping[str, Look] = MappingProxyType({}),
 ) -> Figure:
     """Draws panels of `height` inches, three in a row."""
-    panels = [replace(panel, title=textwrap.fill(excerpt(panel.title, 2 * TITLE), TITLE)) for panel in panels]
-    top = TOP + LINE * max(panel.title.count("\n") for panel in panels)
+    panels = [(textwrap.fill(excerpt(panel_title, 2 * TITLE), TITLE), draw) for panel_title, draw in panels]
+    top = TOP + LINE * max(panel_title.count("\n") for panel_title, _ in panels)
     png, together = io.BytesIO(), _drawn(panels, height, top, legend)
     together.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    singles = [(panel.title or title, _svg(_drawn([panel], height, top, {}))) for panel in panels]
+    singles = [(panel[0] or title, _svg(_drawn([panel], height, top, {}))) for panel in panels]
     return Figure(name, title, caption, legend, singles, _svg(together), png.getvalue())
 
 
@@ -91,10 +85,10 @@ def _drawn(panels: Sequence[Panel], height: float, top: float, legend: Mapping[s
     canvas = Canvas(figsize=(width, total))
     canvas.subplots_adjust(LEFT / width, BOTTOM / total, 1 - RIGHT / width, 1 - (head + top) / total)
     canvas.subplots_adjust(wspace=(LEFT + RIGHT) / (WIDTH - LEFT - RIGHT), hspace=(top + BOTTOM) / inner)
-    for place, panel in enumerate(panels, start=1):
+    for place, (title, draw) in enumerate(panels, start=1):
         axes = canvas.add_subplot(rows, columns, place)
-        axes.set_title(panel.title, loc="left")
-        panel.draw(axes)
+        axes.set_title(title, loc="left")
+        draw(axes)
     if legend:
         handles = [Line2D([], [], ms=3.6, lw=1.4, **look) for look in legend.values()]
         canvas.legend(handles, [excerpt(label, 52) for label in legend], loc="upper left", ncols=columns)
@@ -157,7 +151,7 @@ def comparison_figure(dataset: Dataset) -> Figure:
         axes.set(xlim=bounds, xlabel=dataset.axis_title)
 
     panels = [
-        Panel(f"Trained at {pattern.title}", partial(draw, lines=lines)) for pattern, lines in dataset.compared.items()
+        (f"Trained at {pattern.title}", partial(draw, lines=lines)) for pattern, lines in dataset.compared.items()
     ]
     longest = max(len(line.variant) for lines in dataset.compared.values() for line in lines)
     height = TOP + BOTTOM + (0.42 if longest > SIDE_LABEL else 0.3) * max(map(len, dataset.compared.values()))
@@ -187,13 +181,14 @@ def robustness_curves(dataset: Dataset) -> Figure:
                 axes.fill_between(ratios, lows, highs, color=style["color"], alpha=0.15, lw=0)
             axes.plot(ratios, means, **style)
             if line.pattern.kind == kind and (own := line.matrix.get(line.pattern)):
-                ring(axes, 100 * line.pattern.ratio, scale * own.mean, style["color"])
+                ring = {"ms": 8.5, "mfc": "none", "mec": style["color"], "mew": 1.1}
+                axes.plot(100 * line.pattern.ratio, scale * own.mean, "o", **ring)
         axes.set(xlabel="missing ratio, %", ylabel=dataset.axis_title, xticks=range(0, 101, 20))
         for floor, style in zip(floors, FLOORS, strict=False):
             axes.axhline(floor, lw=0.9, **style)
         axes.set(xlim=(-4, 104), ylim=bounds)
 
-    panels = [Panel(title, partial(draw, curves=curves)) for title, curves in arrangement]
+    panels = [(title, partial(draw, curves=curves)) for title, curves in arrangement]
     return figure(f"curves_{dataset.key}", "Robustness curves", dataset.caption("curves"), panels, legend=legend)
 
 
@@ -210,7 +205,7 @@ def training_figure(dataset: Dataset, column: str, title: str, factor: float) ->
             axes.plot(curve, "o-" if len(curve) <= 30 else "-", color=COLOURS[0], lw=1, ms=2.6, alpha=0.75)
         axes.set(xlabel="optimiser step", ylabel=title, ylim=bounds)
 
-    panels = [Panel(line.label, partial(draw, line=line)) for line in curves]
+    panels = [(line.label, partial(draw, line=line)) for line in curves]
     name, caption = column.replace("/", "_"), dataset.caption("training", curve_points=CURVE_POINTS, title=title)
     return figure(f"{name}_{dataset.key}", title, caption, panels, 2.1)
 
@@ -245,7 +240,7 @@ def class_figure(dataset: Dataset, lines: Sequence[Line]) -> Figure:
         axes.set(xlim=(0, 102), xlabel="F1, %")
 
     caption = dataset.caption("class_figure") + (f" No test sample is of {listed(absent)}." if absent else "")
-    panels = [Panel(line.label, partial(draw, line=line)) for line in lines]
+    panels = [(line.label, partial(draw, line=line)) for line in lines]
     height, legend = TOP + BOTTOM + 0.28 * len(present), {capital(name): style for name, style in looks.items()}
     return figure(f"per_class_{dataset.key}", "F1 by class", caption, panels, height, legend)
 
@@ -266,13 +261,8 @@ def roc_curves(dataset: Dataset) -> Figure:
                 axes.text(98, 3 + 8 * place, text, ha="right", color=style["color"], fontsize=7)
         axes.set(xlabel="false positives, %", ylabel="true positives, %", xlim=(-2, 102), ylim=(-2, 102))
 
-    panels = [Panel(title, partial(draw, curves=curves)) for title, curves in arrangement]
+    panels = [(title, partial(draw, curves=curves)) for title, curves in arrangement]
     return figure(f"roc_{dataset.key}", "ROC curves", dataset.caption("roc"), panels, 2.8, legend)
-
-
-def ring(axes: Axes, x: Any, y: float, colour: str) -> None:
-    """Draws a ring around a point."""
-    axes.plot(x, y, "o", ms=8.5, mfc="none", mec=colour, mew=1.1)
 
 
 def kind_title(kind: str) -> str:

@@ -11,7 +11,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial
 
 from common.text import LOWER_IS_BETTER, counted
-from runs.report.figures import COLOURS, Figure, Panel, figure
+from runs.report.figures import COLOURS, Figure, figure
 from runs.report.parts import Note, Part, Section
 from runs.report.results import ReportRun
 from runs.report.table import Row, Table, absent, number
@@ -79,4 +79,4 @@ def _history(trials: Sequence[FrozenTrial], metric: str, unit: Unit, name: str) 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     caption = CAPTIONS["history"].format(metric=metric_title(metric))
-    return figure(name, "Best score by trial", caption, [Panel("", draw)])
+    return figure(name, "Best score by trial", caption, [("", draw)])

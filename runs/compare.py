@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -73,22 +72,6 @@ class Comparison:
         return sum(order_of(1.0, self.metric) * value > 0 for value in self.of_seeds)
 
 
-@dataclass(frozen=True, eq=False)
-class Group:
-    """The lines with one test set and training pattern, and all their comparisons."""
-
-    dataset: str
-    task: Task
-    metric: str  # the task's metric, or macro F1 at each run's offset
-    trained_at: Pattern
-    drawing: str  # how the missing tables were drawn in training
-    lines: list[RunLine[Run]]
-    labels: list[str]  # one for each line: its method and the options that set it apart
-    samples: int
-    baselines: dict[str, dict[str, Any]]
-    comparisons: list[Comparison]
-
-
 class _Stored:
     """The stored logits of a run, with its offset (`engine/decision.py`) added if `at_offset`."""
 
@@ -105,6 +88,48 @@ class _Stored:
         assert found is not None
         values_KR = bootstrap(task.metrics.measures[task.monitor], self.split, tables, resamples)
         return found.mean, values_KR.nanmean(0)
+
+
+class Group:
+    """The lines with one test set and training pattern, and all their comparisons."""
+
+    def __init__(self, lines: list[RunLine[Run]], settings: Settings, *, at_offset: bool) -> None:
+        run = lines[0].items[0]
+        self.lines, self.dataset, self.trained_at, self.drawing = lines, run.dataset, run.pattern, drawing_of(run)
+        self.labels = [" ".join([str(line.options["prompt_type"]), *line.differing(lines)]) for line in lines]
+        task = task_of(run.config["task"], run.custom)
+        self.metric = AT_OFFSET if at_offset else task.monitor
+        self.task = task = replace(task, monitor="f1_macro") if at_offset else task
+        stored = [{run.config["seed"]: _Stored(run, at_offset=at_offset) for run in line.items} for line in lines]
+        first = next(iter(stored[0].values()))
+        for each in (each for line_stored in stored for each in line_stored.values()):
+            if each.test_set != first.test_set:
+                said = f"logits of other test samples than in {logits_path(first.run)}"
+                raise DataError(f"{logits_path(each.run)}: {said}; compare each test set separately")
+            if each.results.rows_before != first.results.rows_before:
+                said = f"missing tables drawn after splits of other sizes than in {logits_path(first.run).parent}"
+                raise DataError(f"{logits_path(each.run).parent}: {said}; run `python run.py robustness` again")
+        self.samples = len(first.split.labels)
+        self.baselines = baselines(task, first.split.labels, first.results.raw["class_names"])
+        self.comparisons: list[Comparison] = []
+        measure = task.metrics.measures[task.monitor]
+        for pattern in _patterns(run.spec, run.pattern, settings):
+            tables = _tables(first, run.pattern, pattern, settings)
+            found = [{s: each.at(task, tables, settings.resamples) for s, each in runs.items()} for runs in stored]
+            for one, other in itertools.combinations(range(len(lines)), 2):
+                seeds = _paired(list(stored[one]), list(stored[other]))
+                values = [(found[one][a][0], found[other][b][0]) for a, b in seeds]
+                of_seeds = tuple(a - b for a, b in values)
+                value = sum(of_seeds) / len(seeds)
+                resampled_SR = torch.stack([found[one][a][1] - found[other][b][1] for a, b in seeds])
+                low, high = difference_interval(resampled_SR, value, first.split.units)
+                pairs = [(stored[one][a].split, stored[other][b].split) for a, b in seeds]
+                p = permutation_p(measure, pairs, tables, value, settings.permutations)
+                first_mean, second_mean = (sum(side) / len(seeds) for side in zip(*values, strict=True))
+                means, difference = (first_mean, second_mean), Difference(value, low, high, p)
+                self.comparisons.append(Comparison(one, other, pattern, means, difference, of_seeds, task.monitor))
+            shown = ", ".join(self.labels)
+            log.info("%s, %s: compared %s by %s", self.dataset, pattern.title, shown, self.metric)
 
 
 def values_at(run: Run, pattern: Pattern, table_seeds: tuple[int, ...]) -> dict[str, list[float]]:
@@ -135,7 +160,7 @@ def compare_runs(runs: Sequence[Run], settings: Settings, *, at_offset: bool = F
     for line in lines_of(with_logits, lambda run: run):
         run = line.items[0]
         by_pattern.setdefault((run.dataset, run.pattern, drawing_of(run)), []).append(line)
-    groups = [_group(*key, lines, settings, at_offset=at_offset) for key, lines in by_pattern.items() if len(lines) > 1]
+    groups = [Group(lines, settings, at_offset=at_offset) for lines in by_pattern.values() if len(lines) > 1]
     corrected = iter(holm([each.difference.p for group in groups for each in group.comparisons]))
     for group in groups:
         group.comparisons[:] = [replace(each, p_corrected=next(corrected)) for each in group.comparisons]
@@ -145,48 +170,6 @@ def compare_runs(runs: Sequence[Run], settings: Settings, *, at_offset: bool = F
 def drawing_of(run: Run) -> str:
     """How the missing tables of a training run were drawn."""
     return str(run.config.get("missing_tables", NESTED))
-
-
-def _group(
-    dataset: str, trained_at: Pattern, drawing: str, lines: list[RunLine[Run]], settings: Settings, *, at_offset: bool
-) -> Group:
-    run = lines[0].items[0]
-    spec, task = run.spec, task_of(run.config["task"], run.custom)
-    if at_offset:
-        task = replace(task, monitor="f1_macro")
-    stored = [{run.config["seed"]: _Stored(run, at_offset=at_offset) for run in line.items} for line in lines]
-    first = next(iter(stored[0].values()))
-    for each in (each for line_stored in stored for each in line_stored.values()):
-        if each.test_set != first.test_set:
-            said = f"logits of other test samples than in {logits_path(first.run)}; compare each test set separately"
-            raise DataError(f"{logits_path(each.run)}: {said}")
-        if each.results.rows_before != first.results.rows_before:
-            said = f"missing tables drawn after splits of other sizes than in {logits_path(first.run).parent}"
-            raise DataError(f"{logits_path(each.run).parent}: {said}; run `python run.py robustness` again")
-    metric = AT_OFFSET if at_offset else task.monitor
-    labels = [" ".join([str(line.options["prompt_type"]), *line.differing(lines)]) for line in lines]
-    measure, comparisons = task.metrics.measures[task.monitor], []
-    for pattern in _patterns(spec, trained_at, settings):
-        tables = _tables(first, trained_at, pattern, settings)
-        found = [{seed: each.at(task, tables, settings.resamples) for seed, each in runs.items()} for runs in stored]
-        for one, other in itertools.combinations(range(len(lines)), 2):
-            seeds = _paired(list(stored[one]), list(stored[other]))
-            values = [(found[one][a][0], found[other][b][0]) for a, b in seeds]
-            of_seeds = tuple(a - b for a, b in values)
-            value = sum(of_seeds) / len(seeds)
-            resampled_SR = torch.stack([found[one][a][1] - found[other][b][1] for a, b in seeds])
-            low, high = difference_interval(resampled_SR, value, first.split.units)
-            pairs = [(stored[one][a].split, stored[other][b].split) for a, b in seeds]
-            p = permutation_p(measure, pairs, tables, value, settings.permutations)
-            first_mean, second_mean = (sum(side) / len(seeds) for side in zip(*values, strict=True))
-            difference, means = Difference(value, low, high, p), (first_mean, second_mean)
-            comparison = Comparison(one, other, pattern, means, difference, of_seeds, task.monitor)
-            comparisons.append(comparison)
-        log.info("%s, %s: compared %s by %s", dataset, pattern.title, ", ".join(labels), metric)
-    answers = baselines(task, first.split.labels, first.results.raw["class_names"])
-    return Group(
-        dataset, task, metric, trained_at, drawing, lines, labels, len(first.split.labels), answers, comparisons
-    )
 
 
 def _paired(one: list[int], other: list[int]) -> list[tuple[int, int]]:

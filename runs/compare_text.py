@@ -32,23 +32,18 @@ def compare_places(config: Mapping[str, Any], given: set[str]) -> str:
     """
     names = ("runs", "robustness_seeds", "robustness_ratios", "both_ratio", "missing_table_root", "bootstrap")
     options = read_options(config, [*names, "permutations"])
-    places = options["runs"]
-    settings = Settings(
-        options["robustness_seeds"],
-        integer(1)("bootstrap", options["bootstrap"]),
-        options["permutations"],
-        several(text)("robustness_types", config["robustness_types"]) if "robustness_types" in given else None,
-        options["robustness_ratios"] if "robustness_ratios" in given else None,
-        options["both_ratio"] if "both_ratio" in given else None,
-        options["missing_table_root"] if "missing_table_root" in given else None,
-    )
+    options["robustness_types"] = several(text)("robustness_types", config["robustness_types"])
+    chosen = ("robustness_types", "robustness_ratios", "both_ratio", "missing_table_root")
+    places, resamples = options["runs"], integer(1)("bootstrap", options["bootstrap"])
+    at = [options[name] if name in given else None for name in chosen]
+    settings = Settings(options["robustness_seeds"], resamples, options["permutations"], *at)
     runs, damaged = runs_of_each(places)
     for error in damaged.values():
         log.warning("left out: %s", error)
     without = [run.folder for run in runs if not (run.is_evaluation or run.pretrains or run.has_logits)]
     if without:
-        others = f" and {len(without) - 3} more" if len(without) > 3 else ""
-        log.warning("left out for lack of stored logits: %s%s", ", ".join(map(str, without[:3])), others)
+        others = [f"{len(without) - 3} more"] if len(without) > 3 else []
+        log.warning("left out for lack of stored logits: %s", " and ".join([", ".join(map(str, without[:3])), *others]))
     groups = compare_runs(runs, settings)
     if not groups:
         stored = [run for run in runs if run.has_logits]

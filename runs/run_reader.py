@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +24,7 @@ from runs.comparable import BY_CONTENT, NOT_THE_LINE
 from runs.pattern import Pattern
 from runs.sweep.jobs import error_in
 from vilt.datasets.custom import CUSTOM, CUSTOM_TASKS, CustomData
-from vilt.datasets.specs import CLIP, EVERY_DATASET, SPLITS, DatasetSpec, spec_of
+from vilt.datasets.specs import CLIP, EVERY_DATASET, SPLITS, spec_of
 
 if TYPE_CHECKING:
     from runs.stored_results import Robustness, StoredLogits
@@ -40,51 +39,42 @@ SAME_CONTENTS = ("data of train", "data of val", "data of test", "backbone")
 PATTERN_OPTIONS = ("missing_type.train", "missing_ratio.train", "both_ratio")
 
 
-@dataclass(frozen=True, eq=False)
 class Run:
     """A run folder with a readable configuration. Its other files are read on demand.
 
-    The properties raise DataError if a file is damaged.
+    Args:
+        folder: as the user spelled it.
+
+    Raises:
+        DataError: config.json or contents.json is damaged; the properties raise it if another file is.
     """
 
-    folder: Path  # as the user spelled it
-    config: dict[str, Any]
-    custom: CustomData | None  # description of a custom dataset
-    started: datetime  # in local time
-    contents: dict[str, Any]  # digests of the files it read; empty for old runs, which did not record them
-    earlier: "Run | None" = None  # the run that this one was resumed from
-
-    @property
-    def parts(self) -> list["Run"]:
-        """This run and those it was resumed from, latest first."""
-        return [self, *(self.earlier.parts if self.earlier is not None else [])]
-
-    @property
-    def dataset(self) -> str:
-        """Unique key of the dataset, for tables and file names."""
-        return str(self.config["task"]) if self.custom is None else self.custom.key
-
-    @property
-    def spec(self) -> DatasetSpec:
-        """The row of the dataset."""
-        return spec_of(self.config["task"], self.custom)
-
-    @property
-    def is_evaluation(self) -> bool:
-        """Whether nothing was trained (test_only)."""
-        return bool(self.config["test_only"])
-
-    @property
-    def pretrains(self) -> bool:
-        """Whether it pretrained a backbone without labels; such runs are not tested."""
-        return self.spec.recordings and self.config["prompt_type"] == self.spec.pretraining["prompt_type"]
-
-    @property
-    def pattern(self) -> Pattern:
-        """The missing pattern of the training."""
+    def __init__(self, folder: Path) -> None:
+        path = folder / "config.json"
+        self.folder, self.config = folder, read_json(path)
         config = self.config
-        type_and_ratio = config["missing_type"]["train"], config["missing_ratio"]["train"]
-        return Pattern.of(self.spec, *type_and_ratio, config["both_ratio"])
+        with as_written_by_run(path):
+            [config[name] for name in NEEDED]  # the KeyError names the first one missing
+            for name in ("exp_name", "prompt_type"):
+                text(name, config[name])
+            if config["task"] not in EVERY_DATASET:
+                raise ValueError(f"task: expected one of {', '.join(EVERY_DATASET)}, found {quoted(config['task'])}")
+            self.custom = CustomData.from_dict(config[CUSTOM]) if config["task"] in CUSTOM_TASKS else None
+            self.dataset = str(config["task"]) if self.custom is None else self.custom.key  # unique
+            self.spec = spec_of(config["task"], self.custom)
+            at = {split: (config["missing_type"][split], config["missing_ratio"][split]) for split in SPLITS}
+            patterns = {split: Pattern.of(self.spec, *at[split], config["both_ratio"]) for split in SPLITS}
+        self.pattern = patterns["train"]
+        self.is_evaluation = bool(config["test_only"])  # nothing was trained
+        self.pretrains = self.spec.recordings and config["prompt_type"] == self.spec.pretraining["prompt_type"]
+        """Whether it pretrained a backbone without labels; such runs are not tested."""
+        self.started = _started(folder)  # in local time
+        path = folder / "contents.json"
+        self.contents = read_json(path) if path.is_file() else {}
+        """Digests of the files it read; empty for old runs, which did not record them."""
+        earlier = _resumed_from(folder, config)
+        self.parts: list[Run] = [self, *(earlier.parts if earlier is not None else [])]
+        """This run and those it was resumed from, latest first."""
 
     @cached_property
     def test(self) -> dict[str, Any] | None:
@@ -205,7 +195,7 @@ def find_runs(*places: Path) -> tuple[list[Run], dict[Path, DataError]]:
     for folder in (folder for place in places for folder in _run_folders(place, set())):
         try:
             if folder.resolve() not in runs:
-                runs[folder.resolve()] = read_run(folder)
+                runs[folder.resolve()] = Run(folder)
         except DataError as error:
             damaged[folder] = error
     parts = {
@@ -234,26 +224,6 @@ def runs_of_each(places: Sequence[Path]) -> tuple[list[Run], dict[Path, DataErro
     return find_runs(*places)
 
 
-def read_run(folder: Path) -> Run:
-    """Reads a run folder and the runs it was resumed from. Raises DataError if its options or contents are damaged."""
-    path = folder / "config.json"
-    config = read_json(path)
-    with as_written_by_run(path):
-        [config[name] for name in NEEDED]  # the KeyError names the first one missing
-        for name in ("exp_name", "prompt_type"):
-            text(name, config[name])
-        if config["task"] not in EVERY_DATASET:
-            raise ValueError(f"task: expected one of {', '.join(EVERY_DATASET)}, found {quoted(config['task'])}")
-        custom = CustomData.from_dict(config[CUSTOM]) if config["task"] in CUSTOM_TASKS else None
-        for split in SPLITS:
-            pattern = config["missing_type"][split], config["missing_ratio"][split], config["both_ratio"]
-            Pattern.of(spec_of(config["task"], custom), *pattern)
-    started = _started(folder)
-    path = folder / "contents.json"
-    contents = read_json(path) if path.is_file() else {}
-    return Run(folder, config, custom, started, contents, _resumed_from(folder, config))
-
-
 def _started(folder: Path) -> datetime:
     """When the run started, as it recorded it; else the time of its config.json, which copying may have changed."""
     with suppress(DataError, KeyError, TypeError, ValueError):
@@ -272,7 +242,7 @@ def _resumed_from(folder: Path, config: Mapping[str, Any]) -> Run | None:
     for candidate in (folder.parents[1] / Path(*place.parts[-2:]) if len(folder.parents) > 1 else place, place):
         if (candidate / "config.json").is_file() and candidate.resolve() != folder.resolve():
             try:
-                return read_run(candidate)
+                return Run(candidate)
             except (DataError, RecursionError):
                 return None
     return None

@@ -22,7 +22,7 @@ from engine.tasks import task_of, with_published_f1
 from runs.check_options import check, read_load_paths
 from runs.comparable import other_input
 from runs.pattern import Pattern
-from runs.run_reader import Run, find_runs, read_run
+from runs.run_reader import Run, find_runs
 from runs.stored_results import cells_by_pattern
 from runs.sweep.jobs import search_of
 from vilt.datasets.arrow_dataset import ArrowDataset
@@ -141,7 +141,7 @@ def with_model_of(checkpoint: Checkpoint, options: Options, given: set[str]) -> 
 def taken_from_run(checkpoint: Path, config: Mapping[str, Any], given: set[str]) -> tuple[Run | None, dict[str, Any]]:
     """The run of a checkpoint, if its config.json is in the same folder, and the options taken from it."""
     source = checkpoint.parent / "config.json"
-    run = read_run(checkpoint.parent) if source.is_file() and not is_exported(checkpoint.parent) else None
+    run = Run(checkpoint.parent) if source.is_file() and not is_exported(checkpoint.parent) else None
     recorded = {} if run is None else run.config
     taken = {name: recorded[name] for name in TAKEN_FROM_THE_RUN if name in recorded and name not in given}
     if not Path(taken.get("missing_table_root", ".")).is_dir():  # else tables would be written there

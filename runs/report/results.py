@@ -4,7 +4,6 @@ import io
 import logging
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,12 @@ PUBLISHED_SIZES = {"image_size": 224, "patch_size": 16, "vision_width": 768, "vi
 """Sizes that identify its architecture."""
 
 
-@dataclass(frozen=True, eq=False)
 class ReportRun(Run):
-    """A run in the report."""
+    """A run in the report, where its short name is `tag`, such as R1."""
 
-    tag: str = ""  # short name used throughout the report, such as R1
+    def __init__(self, run: Run, tag: str) -> None:
+        vars(self).update(vars(run))
+        self.tag = tag
 
     @cached_property
     def place(self) -> str:
@@ -161,10 +161,7 @@ def read_report_runs(places: Sequence[Path]) -> list[ReportRun]:
     runs, damaged = runs_of_each(places)
     for error in damaged.values():
         log.warning("left out of the report: %s", error)
-    read = [
-        ReportRun(**{each.name: getattr(run, each.name) for each in fields(run)}, tag=f"R{number}")
-        for number, run in enumerate(runs, start=1)
-    ]
+    read = [ReportRun(run, f"R{number}") for number, run in enumerate(runs, start=1)]
     for run in read:  # report damaged files now, not after minutes of drawing
         _ = run.environment, run.backbone
     _check_same_test_sets(read)

@@ -116,6 +116,21 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> "FrozenWeights":
     return load_backbone(str(folder))
 
 
+@pytest.fixture(scope="session")
+def report_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up runs for reports. Shared by all tests: write only to a copy."""
+    from tests.report_files import write_runs
+
+    return write_runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def report_results(report_runs: Path) -> list[dict[str, Any]]:
+    """Robustness results of the two training seeds among these runs."""
+    folders = [report_runs / "mmimdb" / f"rep_seed{seed}" / "version_0" for seed in (0, 1)]
+    return [read_json(folder / "robustness" / "robustness.json") for folder in folders]
+
+
 @pytest.fixture(autouse=True)
 def _plain_logging() -> None:
     """Undoes the logging set-up of earlier tests and fixtures, since run.py configures the whole process."""

@@ -244,7 +244,7 @@ def gpus(option: str, value: Any) -> int:
 
 
 def plain(value: Any) -> Any:
-    """`value` with Sacred's dictionaries and lists replaced by plain Python ones."""
+    """`value` as JSON would give it back: with lists in place of tuples."""
     if isinstance(value, Mapping):
         return {key: plain(entry) for key, entry in value.items()}
     return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

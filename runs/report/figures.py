@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 
 from runs.pattern import Pattern
 from runs.report.lines import Dataset, Line
-from runs.report.text import capital, excerpt, listed
+from runs.report.text import capital, excerpt, in_words
 from vilt.missing_types import ANY, BOTH, SOME
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 3.2, 0.5, 0.1, 0.28, 0.42
@@ -239,7 +239,7 @@ def class_figure(dataset: Dataset, lines: Sequence[Line]) -> Figure:
                 )
         axes.set(xlim=(0, 102), xlabel="F1, %")
 
-    caption = dataset.caption("class_figure") + (f" No test sample is of {listed(absent)}." if absent else "")
+    caption = dataset.caption("class_figure") + (f" No test sample is of {in_words(absent)}." if absent else "")
     panels = [(line.label, partial(draw, line=line)) for line in lines]
     height, legend = TOP + BOTTOM + 0.28 * len(present), {capital(name): style for name, style in looks.items()}
     return figure(f"per_class_{dataset.key}", "F1 by class", caption, panels, height, legend)

@@ -12,7 +12,7 @@ from runs.compare import Settings, compare_runs
 from runs.lines import RunLine, Spread, lines_of, spreads_of
 from runs.pattern import Pattern
 from runs.report.results import PUBLISHED_BACKBONE, ReportRun
-from runs.report.text import CAPTIONS, Unit, capital, dataset_title, excerpt, listed, metric_title, without
+from runs.report.text import CAPTIONS, Unit, capital, dataset_title, excerpt, in_words, metric_title, without
 from runs.run_reader import Run
 from vilt.datasets.specs import DATASETS
 
@@ -161,7 +161,7 @@ class Dataset:
         """The baselines' values of the task's metric, as a sentence."""
         metric, unit = self.spec.monitor, self.unit()
         figures = [f"{unit.full(metrics[metric])} ({answer})" for answer, metrics in self.baselines.items()]
-        return f" Baselines that ignore the sample: {listed(figures)}." if figures else ""
+        return f" Baselines that ignore the sample: {in_words(figures)}." if figures else ""
 
     def caption(self, name: str, **facts: object) -> str:
         """Caption of a figure or table."""
@@ -186,7 +186,7 @@ class Dataset:
         """The missing tables of the results at training patterns, as a sentence."""
         lines = [line for line in self.lines if line.at_own_pattern]
         seeds = [run.robustness.raw["table_seeds"] for line in lines for run in line.over_tables if run.robustness]
-        known = " or ".join(dict.fromkeys(listed([str(seed) for seed in each]) for each in seeds))
+        known = " or ".join(dict.fromkeys(in_words([str(seed) for seed in each]) for each in seeds))
         measured = f" A run's value is its mean over the missing tables of seeds {known}."
         if all(line.over_tables for line in lines):
             return measured if lines else ""

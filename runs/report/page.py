@@ -19,7 +19,7 @@ from runs.report.parts import commands_section, runs_section, section_of
 from runs.report.results import ReportRun, read_report_runs
 from runs.report.search import search_section
 from runs.report.table import Table
-from runs.report.text import listed
+from runs.report.text import in_words
 from runs.sweep.jobs import search_of
 
 MARKER = "report.json"
@@ -59,7 +59,7 @@ def make_report(places: Sequence[Path], out: Path) -> Path:
         commands_section(others, places, out),
     ]
     titles = [section.title for section in sections[: len(datasets)] or sections[: len(trials)]]
-    content = {"title": about + listed(titles), "sections": sections}
+    content = {"title": about + in_words(titles), "sections": sections}
     files = _files(content | {"date": f"{now.day} {now:%B %Y}", "n_runs": counted(len(runs), "run")})
     with writing(f"out={out}"), whole_folder(out, MARKER, MAKER) as folder:
         for name, data in files.items():

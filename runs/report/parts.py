@@ -15,7 +15,7 @@ from runs.report.lines import Dataset, Line
 from runs.report.results import ReportRun, listed_runs
 from runs.report.samples import sample_table
 from runs.report.table import Table
-from runs.report.text import listed, without, without_home
+from runs.report.text import in_words, without, without_home
 from runs.run_reader import flat_options
 
 CLASSES_SHOWN = 3
@@ -93,7 +93,7 @@ def _summary(dataset: Dataset) -> str:
         return f"No results: {total}, none of them with robustness results."
     line, metric = dataset.headline, dataset.spec.monitor
     conditions = {"complete": "with nothing missing"}
-    values = listed([f"{full(found)} {conditions.get(name, without(name))}" for name, found in line.by_type.items()])
+    values = in_words([f"{full(found)} {conditions.get(name, without(name))}" for name, found in line.by_type.items()])
     own = line.at_own_pattern
     at_own = f", and {full(own)} at its training pattern ({line.pattern.title})" if own else ""
     floor = next(iter(dataset.baselines.values()), {}).get(metric, math.nan)
@@ -118,7 +118,7 @@ def _best_line(dataset: Dataset) -> str:
         return f"The best of {start}, {line.variant},"
     untested = [other for other in level if other not in dataset.against_best]
     names = [other.variant for other in untested or level]
-    few = listed(names) if len(names) <= 3 else f"{len(names)} of the others"
+    few = in_words(names) if len(names) <= 3 else f"{len(names)} of the others"
     said = f"its lead over {few} was not tested" if untested else f"does not differ significantly from {few}"
     rank = "lowest" if dataset.spec.monitor in LOWER_IS_BETTER else "highest"
     return f"Of {start}, {line.variant} has the {rank} {dataset.metric_title} there, but {said}. It"

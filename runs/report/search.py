@@ -15,7 +15,7 @@ from runs.report.figures import COLOURS, Figure, figure
 from runs.report.parts import Note, Part, Section
 from runs.report.results import ReportRun
 from runs.report.table import Row, Table, absent, number
-from runs.report.text import CAPTIONS, Unit, dataset_title, listed, metric_title, without_home
+from runs.report.text import CAPTIONS, Unit, dataset_title, in_words, metric_title, without_home
 from runs.sweep.jobs import JOURNAL
 from runs.sweep.search import STATE_NAMES, open_study, ranked, short
 
@@ -47,7 +47,7 @@ def search_section(folder: Path, runs: Sequence[ReportRun], place: int) -> Secti
     parts = [Part("Trials", [table])]
     if best_first:
         best = best_first[0]
-        with_values = listed([f"{option}={short(value)}" for option, value in sorted(best.params.items())])
+        with_values = in_words([f"{option}={short(value)}" for option, value in sorted(best.params.items())])
         reached = f"reaches a validation {metric_title(metric)} of {unit.full(best.values[0])}"
         summary += without_home(f" The best, trial {best.number}, {reached} with {with_values}.")
         parts.insert(0, Part("Best score by trial", [_history(trials, metric, unit, f"search_{place}_history")]))

@@ -18,7 +18,7 @@ from runs.check_options import check
 from runs.command_line import is_of_sweep, option_of
 from runs.run_reader import as_written_by_run
 from runs.sweep.grid import Grid, options_of, variant_name, variants
-from runs.sweep.jobs import run_command
+from runs.sweep.jobs import command_line_of
 from runs.sweep.launchers import CLUSTERS, make_launcher
 from vilt.datasets.open_spec import open_spec
 from vilt.datasets.specs import SPLITS, DatasetSpec
@@ -72,7 +72,7 @@ def run_sweep(config: Mapping[str, Any], updates: Sequence[str], chosen: Sequenc
             else:
                 Grid(options, spec, given, folder).run(launch)
         except (KeyboardInterrupt, Stopped):
-            log.info("stopped; the same command resumes: %s", shlex.join(run_command("sweep", "with", *updates)))
+            log.info("stopped; the same command resumes: %s", shlex.join(command_line_of("sweep", "with", *updates)))
             raise
 
 

@@ -71,7 +71,7 @@ class Job:
 
     def command(self) -> list[str]:
         """The command that starts the run, or resumes it after an interruption."""
-        return run_command("with", *self.options, "resume_from=auto")
+        return command_line_of("with", *self.options, "resume_from=auto")
 
 
 class Outcome(NamedTuple):
@@ -140,7 +140,7 @@ class Progress:
             raise SweepError(f"{len(elsewhere)} of {asked} running elsewhere; the same command reads their results")
 
 
-def run_command(*arguments: str) -> list[str]:
+def command_line_of(*arguments: str) -> list[str]:
     """A command line of run.py, with the current Python interpreter."""
     return [sys.executable, str(RUN), *arguments]
 

@@ -27,7 +27,7 @@ from config import Options
 from runs.check_options import check, is_range, is_range_of_steps
 from runs.command_line import written
 from runs.run_reader import open_checkpoint
-from runs.sweep.jobs import BUSY, JOURNAL, Job, Outcome, Progress, run_command
+from runs.sweep.jobs import BUSY, JOURNAL, Job, Outcome, Progress, command_line_of
 from runs.sweep.launchers import Launcher
 
 log = logging.getLogger("rep")
@@ -230,4 +230,4 @@ class Search:
         print(f"  all are in {self.folder / 'search.csv'}; the best model is {model}\n")
         print("to train and test with the best values:\n")
         name = f"exp_name={self.options.sweep_name}_best"
-        print(f"  {shlex.join(run_command('with', *self.given, *assignments(best.params), name))}\n")
+        print(f"  {shlex.join(command_line_of('with', *self.given, *assignments(best.params), name))}\n")

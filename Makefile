@@ -47,7 +47,7 @@ fuzz: .venv/.ready-dev
 	FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest -s tests/test_damage.py
 
 docs: .venv/.ready
-	$(BIN)/python -m runs.options_page
+	$(BIN)/python -m runs.help
 
 constraints: .venv/bin/python
 	rm -rf .venv-constraints

@@ -39,7 +39,7 @@ def main(config: dict[str, Any], asked: CommandLine) -> dict[str, float]:
 def robustness(config: dict[str, Any], asked: CommandLine) -> None:
     """Evaluates load_path at all robustness_types and robustness_ratios, with one test pass per missing type."""
     read_load_paths(config)
-    from runs.robustness_text import measure_all
+    from runs.robustness import measure_all
 
     set_up_logging()
     if found := measure_all(config, asked.given):
@@ -73,7 +73,7 @@ def runs(config: dict[str, Any], asked: CommandLine) -> None:
 
 def compare(config: dict[str, Any], asked: CommandLine) -> None:
     """Prints which methods differ significantly, from the logits that robustness stored in `runs`; also writes JSON."""
-    from runs.compare_text import compare_places
+    from runs.compare import compare_places
 
     set_up_logging()
     print(compare_places(config, asked.given))

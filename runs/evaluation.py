@@ -1,4 +1,4 @@
-"""Evaluates checkpoints on the test split, and at every missing pattern from stored logits."""
+"""Evaluates checkpoints on the test split, and opens models and data for that."""
 
 import logging
 import math
@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_only
 
 from clip.modules.classifier import MissingModalityClassifier
-from common.errors import CheckpointError, ConfigError, DataError
+from common.errors import ConfigError, DataError
 from common.messages import listed
 from common.strict_json import write_json
 from common.text import AT_OFFSET, baseline_texts, counted, figure, per_cent
@@ -27,14 +26,13 @@ from engine.ensemble import merged_checkpoint, open_models
 from engine.families import BackboneChoice
 from engine.open_model import COMPUTE_TYPES
 from engine.processes import ending_together
-from engine.robustness import Results, by_missing_type, measure, write_results
-from engine.stored_logits import LogitStore, logit_columns_of
+from engine.robustness import by_missing_type
 from engine.tasks import Task, with_published_f1
 from engine.trainer import make_trainer
 from engine.training import FinetuneModule
 from runs.comparable import other_input
 from runs.start import log_device, start_folder
-from runs.targets import Target, as_trained, check_agreement, drawn_as_trained, with_model_of
+from runs.targets import as_trained, check_agreement, drawn_as_trained, with_model_of
 from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import InputFormat
@@ -187,76 +185,3 @@ def test(
         print("".join(f"  {text}\n" for text in baseline_texts(found, module.task.monitor)), end="")
         print(f"  written to {folder / 'test_results.json'}\n")
     return module.test_metrics
-
-
-def measure_target(target: Target, given: set[str]) -> Results | None:
-    """Computes a target's logits unless they are stored, and writes its results; None except on the first process.
-
-    Raises:
-        CheckpointError: the checkpoint has been replaced since the target was opened.
-    """
-    options, subject, store = target.options, target.subject, target.store
-    if target.encoded:
-        log.info("%s: uses the stored logits", subject.checkpoint)
-    else:
-        store.check_writable()
-        log_device(options)
-        checkpoint = read_checkpoint(subject.checkpoint)
-        if checkpoint.sha256 != subject.checkpoint_sha256:
-            raise CheckpointError(f"{subject.checkpoint}: has just been replaced by another checkpoint; start again")
-        classifier, data = open_evaluation(options, [checkpoint], given)
-        check_measurable(data, subject.task)
-        trainer = make_trainer(options, None, steps_per_epoch=1)
-        with data.report_dead_workers(), ending_together(trainer):
-            encode(store, FinetuneModule(classifier, checkpoint.spec), trainer, data)
-    if getattr(rank_zero_only, "rank", 0):
-        return None
-    found = measure(subject, store.load(), target.patterns, options.bootstrap)
-    names = write_results(found, store.folder)
-    log.info("written to %s: %s", store.folder, ", ".join(["logits.arrow", *names]))
-    return found
-
-
-def encode(store: LogitStore, module: FinetuneModule, trainer: pl.Trainer, data: MissingModalityData) -> None:
-    """Computes the logits in one pass over the test split per missing type, except types an interrupted run has stored.
-
-    All processes take part; the first one writes.
-    """
-    dataset, logits = data.datasets["test"], store.load_part()
-    names = zip(logit_columns_of(dataset.spec), dataset.spec.type_names, strict=True)
-    for number, (column, name) in enumerate(names):
-        if column in logits:
-            log.info("%s: already computed by an interrupted run", name)
-            continue
-        total, samples = len(dataset.spec.type_names), counted(len(dataset), "sample")
-        log.info("encoding %d of %d: %s, %s", number + 1, total, name, samples)
-        dataset.missing_table = np.full(dataset.n_rows, number, dtype=np.int8)
-        trainer.test(module, datamodule=data, verbose=False)
-        assert module.tested is not None and len(module.tested[0]) == len(dataset)
-        logits[column] = module.tested[0]
-        if trainer.is_global_zero:
-            store.write(logits)
-
-
-def measure_mean(targets: Sequence[Target]) -> tuple[Target, Results]:
-    """Writes the results of targets as one model that averages their logits, which must all be stored."""
-    first, subjects = targets[0], [target.subject for target in targets]
-    checkpoint = merged_checkpoint([read_checkpoint(subject.checkpoint) for subject in subjects])
-    logits = [target.store.load() for target in targets]
-    mean_TNC = torch.stack([one.logits_TNC for one in logits]).mean(0)
-    name = f"mean_{checkpoint.sha256[:12]}"
-    subject = replace(
-        first.subject,
-        checkpoint=checkpoint.path,
-        checkpoint_sha256=checkpoint.sha256,
-        offset=checkpoint.offset,
-        method="mean of the logits",
-        exp_name=name,
-        train_seed=None,
-        train_pattern=first.subject.train_pattern if len({str(one.train_pattern) for one in subjects}) == 1 else None,
-    )
-    found = measure(subject, replace(logits[0], logits_TNC=mean_TNC), first.patterns, first.options.bootstrap)
-    folder = first.options.log_dir / name / "robustness"
-    folder.mkdir(parents=True, exist_ok=True)
-    log.info("mean of %d models, written to %s: %s", len(targets), folder, ", ".join(write_results(found, folder)))
-    return replace(first, subject=subject, run=None), found

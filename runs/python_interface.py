@@ -57,7 +57,7 @@ def robustness(load_path: str | Path, **options: Any) -> "list[Results]":
     """
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise ConfigError(f"{unknown[0]}: expected an option of `run.py robustness`")
-    from runs.evaluation import measure_target
+    from runs.robustness import measure_target
     from runs.targets import open_targets
 
     targets = open_targets({**DEFAULTS, **options, "load_path": str(load_path)}, set(options))

@@ -15,7 +15,7 @@ from clip.modules.interfaces import Place
 from clip.modules.method import MethodOptions
 from common.errors import ConfigError
 from runs.check_options import is_range, resolve
-from runs.options_page import PAGE, page
+from runs.help import PAGE, page
 from tests.conftest import Patch
 from tests.models import model_input, tiny_batch
 

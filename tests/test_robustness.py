@@ -19,7 +19,6 @@ from engine.stored_logits import LogitStore
 from engine.tasks import TASKS
 from engine.training import FinetuneModule
 from run import command_line
-from runs import evaluation
 from tests.conftest import Captured, Patch, Workspace, read_csv, read_json, refusal
 from tests.custom_files import read_arrow
 from tests.data_files import LOGIT_COLUMNS, TYPE_NAMES
@@ -83,8 +82,8 @@ def forbid_the_model(monkeypatch: Patch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("the model was touched")
 
-    for name in ("open_models", "make_trainer"):
-        monkeypatch.setattr(evaluation, name, fail)
+    for name in ("evaluation.open_models", "robustness.make_trainer"):
+        monkeypatch.setattr(f"runs.{name}", fail)
 
 
 def test_every_cell_equals_an_evaluation_with_test_only(workspace: Workspace, fresh: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def compare(config: dict[str, Any], asked: CommandLine) -> None:
 def report(config: dict[str, Any], asked: CommandLine) -> None:
     """Writes a page with tables and figures about the runs in and below the folders `runs` to the folder `out`."""
     options = read_options(config, ["runs", "out"])
-    from runs.report import make_report
+    from runs.report.page import make_report
 
     set_up_logging()
     print(f"\nwritten to {make_report(options['runs'], options['out'] or Path('report'))}\n")
@@ -135,6 +135,7 @@ COMMANDS: dict[str, Command] = {command.__name__: command for command in ALL}
 
 def command_line(argv: list[str]) -> int:
     """Runs a command and returns its exit status; if that is not 0, prints a line to standard error first."""
+    NOTED.clear()  # left over from an earlier call in this process
     print_anywhere()
     try:
         check_system()

@@ -20,7 +20,6 @@ NOTED: dict[str, Any] = {}
 
 def run_command(command: Command, asked: CommandLine) -> None:
     """Runs a command with the options asked for."""
-    NOTED.clear()  # left over from an earlier call in this process
     config = {name: _merged(default, asked.updates.get(name, default)) for name, default in DEFAULTS.items()}
     if asked.record is None or getattr(rank_zero_only, "rank", None):  # only the first process keeps the record
         command(config, asked)

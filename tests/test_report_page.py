@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from common.errors import DataError, UserError
-from runs.report import make_report
 from runs.report.lines import by_dataset
+from runs.report.page import make_report
 from runs.report.parts import _results_parts
 from runs.report.results import read_report_runs
 from runs.report.text import excerpt, without_home

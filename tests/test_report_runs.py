@@ -8,7 +8,8 @@ import pytest
 from common.errors import ConfigError, DataError
 from run import command_line
 from runs.pattern import Pattern
-from runs.report import make_report, tables
+from runs.report import tables
+from runs.report.page import make_report
 from runs.report.parts import section_of
 from runs.report.results import listed_runs, read_report_runs
 from tests.conftest import Captured

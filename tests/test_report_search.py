@@ -12,7 +12,7 @@ from optuna.trial import TrialState, create_trial
 
 from common.errors import DataError
 from engine.tasks import TASKS
-from runs.report import make_report
+from runs.report.page import make_report
 from runs.report.search import _history
 from runs.report.text import Unit
 from runs.sweep.jobs import JOURNAL

@@ -12,8 +12,9 @@ import torch
 from common.text import AT_OFFSET
 from engine.stored_logits import SplitLogits
 from runs.pattern import Pattern
-from runs.report import figures, make_report, tables
+from runs.report import figures, tables
 from runs.report.lines import by_dataset
+from runs.report.page import make_report
 from runs.report.parts import section_of
 from runs.report.results import read_report_runs
 from runs.report.text import Unit

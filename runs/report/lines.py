@@ -18,10 +18,8 @@ from vilt.datasets.specs import DATASETS
 
 RESAMPLES, PERMUTATIONS = 1000, 2000
 """Numbers of resamples and permutations for the intervals and p values of differences."""
-METHODS = ("CoOp", "MAP", "MaPLe", "DePT", "MMP", "DCP", "REP")
-"""The published methods, spelled as in the published table."""
 METHOD_TITLES = {
-    **{method.lower(): method for method in METHODS},
+    **{method.lower(): method for method in ("CoOp", "MAP", "MaPLe", "DePT", "MMP", "DCP", "REP")},  # as published
     **{"map_input": "MAP", "map_attention": "MAP, attention level", "msp": "MSP", "none": "head alone"},
     **{"mora": "MoRA", "lora": "LoRA", "aoept": "AOEPT", "syp": "SyP"},
 }

@@ -62,8 +62,10 @@ class Run:
             self.custom = CustomData.from_dict(config[CUSTOM]) if config["task"] in CUSTOM_TASKS else None
             self.dataset = str(config["task"]) if self.custom is None else self.custom.key  # unique
             self.spec = spec_of(config["task"], self.custom)
-            at = {split: (config["missing_type"][split], config["missing_ratio"][split]) for split in SPLITS}
-            patterns = {split: Pattern.of(self.spec, *at[split], config["both_ratio"]) for split in SPLITS}
+            patterns = {}
+            for split in SPLITS:
+                at = config["missing_type"][split], config["missing_ratio"][split], config["both_ratio"]
+                patterns[split] = Pattern.of(self.spec, *at)
         self.pattern = patterns["train"]
         self.is_evaluation = bool(config["test_only"])  # nothing was trained
         self.pretrains = self.spec.recordings and config["prompt_type"] == self.spec.pretraining["prompt_type"]

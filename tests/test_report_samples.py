@@ -72,7 +72,7 @@ def test_samples_are_of_the_best_run(tmp_path: Path, monkeypatch: Patch, task: s
         write_run(tmp_path / f"{seed}", task, tested=tested, seed=seed, **at("text", 0.7))
     runs, spec = read_report_runs([tmp_path]), DATASETS[task]
     by_type = {name: {spec.monitor: 0.5} for name in spec.type_names}
-    results = Robustness({"by_type": by_type, "table_seeds": [0]}, cells={}, offset=None)
+    results = Robustness({"by_type": by_type, "table_seeds": [0], "baselines": {}}, cells={}, offset=None)
     for run in runs:
         monkeypatch.setitem(vars(run), "robustness", results)
         monkeypatch.setitem(vars(run), "test_set", ("", 30))

@@ -210,11 +210,11 @@ def unquoted(word: str) -> str:
 
 
 def dictionary(option: str, value: Any) -> dict[str, Any]:
-    """Reads a dictionary; None counts as an empty one."""
+    """Reads a dictionary and sorts it, since folders of a sweep's runs are named in its order; None is an empty one."""
     value = {} if value is None else value
     if not isinstance(value, Mapping):
         raise wrong(option, f"a dictionary, or one entry as in {option}.NAME=VALUE", value)
-    return {str(key): plain(entry) for key, entry in value.items()}
+    return {str(key): plain(value[key]) for key in sorted(value, key=str)}
 
 
 def warmup(option: str, value: Any) -> float:

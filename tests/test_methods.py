@@ -526,15 +526,21 @@ def test_shapes_are_right_at_the_sizes_of_real_backbones(arch: str, variant: str
     assert all(p.grad is not None for p in classifier.get_submodule("food101_classifier").parameters())
 
 
+WITHOUT_DEPTH = ("coop", "mora", "lora", "none")
+"""Methods that do not use `memory_depth`."""
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"prompt_type": "maple", "memory_depth": 3}, "memory_depth=3 needs more blocks than the backbone has"),
-        ({"prompt_type": "dcp", "memory_depth": 3}, "memory_depth=3 needs more blocks than the backbone has"),
+        *(
+            ({"prompt_type": name, "memory_depth": 3}, "memory_depth=3 needs more blocks than the backbone has")
+            for name in METHODS
+            if name not in WITHOUT_DEPTH
+        ),
         ({"prompt_type": "map_attention", "memory_length": 9}, "memory_length must be a multiple of 6, found 9"),
         ({"prompt_type": "coop", "memory_length": 8}, "memory_length must be a positive multiple of 3.* 8"),
         ({"memory_length": 0}, "memory_length must be a positive multiple of 3.* 0"),
-        ({"memory_depth": 3}, "memory_depth=3 needs more blocks than the backbone has"),
         ({"memory_depth": 2, "replay_depth": 1}, "memory_depth=2 with replay_depth=1 needs more blocks"),
     ],
 )

@@ -153,6 +153,12 @@ def test_an_interval_never_shrinks_to_a_point(value: float, low: float, high: fl
     assert interval(value, torch.full((20,), value), 50) == pytest.approx((low, high, 0), abs=1e-4)
 
 
+@pytest.mark.parametrize("value", [-0.25, 1.25])
+def test_figures_that_are_no_share_keep_their_point(value: float) -> None:
+    """A correlation may be negative, and a mean error above 1."""
+    assert interval(value, torch.full((20,), value), 50) == (value, value, 0)
+
+
 def test_undefined_resamples_are_left_out_and_counted() -> None:
     values = torch.tensor([0.2, math.nan, 0.4, math.nan, 0.4])
     assert interval(0.3, values, 5) == pytest.approx((*np.quantile([0.2, 0.4, 0.4], [0.025, 0.975]), 2))

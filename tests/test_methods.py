@@ -222,6 +222,30 @@ def test_bfloat16_is_close_to_float32(variant: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("prompt_type", "head", "entry", "std"),
+    [
+        ("rep", "linear", "model.memory_learner.common_memory_image", (1 / TINY.embed_dim + 0.04) ** 0.5),
+        ("rep", "linear", "model.memory_learner.dynamic.text.queries_image", 0.02),
+        ("dcp", "linear", "model.prompt_learner.common_prompt_text", 0.02),
+        ("map_input", "linear", "model.prompt_learner.image_prompts", 0.02),
+        ("mora", "linear", "model.prompt_learner.shared.1.image", 0.5),
+        ("mora", "linear", "model.prompt_learner.own.text.1_q.P", 0.5),
+        ("mora", "linear", "model.prompt_learner.own.text.1_q.Q", 0.0),
+        ("none", "linear", "food101_classifier.weight", 0.02),
+        ("none", "linear", "food101_classifier.bias", 0.0),
+        ("none", "linear_by_type", "food101_classifier.weight", 0.02),
+        ("none", "linear_by_type", "food101_classifier.bias", 0.0),
+        ("none", "dpl", "food101_classifier.w_mt_im", (2 / (TINY.embed_dim + 101)) ** 0.5),
+    ],
+)
+def test_initial_values_are_drawn_as_documented(prompt_type: str, head: str, entry: str, std: float) -> None:
+    torch.manual_seed(0)
+    spec = ModelSpec("food101", MethodOptions(prompt_type, 192, 2), TINY, head)
+    values = build_classifier(spec).state_dict()[entry]
+    assert float(values.square().mean().sqrt()) == pytest.approx(std, rel=0.1)
+
+
+@pytest.mark.parametrize(
     ("prompt_type", "head"), [*((name, "linear") for name in METHODS), ("none", "dpl"), ("none", "linear_by_type")]
 )
 def test_every_method_overfits_sixteen_samples(prompt_type: str, head: str) -> None:

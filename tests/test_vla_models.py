@@ -171,11 +171,13 @@ def test_missing_type_prompts_learn_only_from_the_described_start(method: str, l
     classifier = vla_classifier(TINY, MethodOptions(method, prompt_length=3))
     optimizer = torch.optim.Adam(p for p in classifier.parameters() if p.requires_grad)
     batch = vla_batch(random_features(TINY, 7), TYPE_OF_MODE)
+    names = ("missing_type_prompt", "m_l", "m_a", "m_v")
+    start = [classifier.get_parameter(f"model.prompt_learner.{name}").detach().flatten() for name in names]
+    assert float(torch.cat(start).std()) == pytest.approx(0.02 * learns, rel=0.2)
     for _ in range(3):
         optimizer.zero_grad()
         classifier(batch).sum().backward()
         optimizer.step()
-    names = ("missing_type_prompt", "m_l", "m_a", "m_v")
     for name in names:
         gradient = classifier.get_parameter(f"model.prompt_learner.{name}").grad
         assert gradient is not None and bool(gradient.any()) == learns

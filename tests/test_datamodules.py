@@ -144,19 +144,21 @@ def test_each_split_has_its_own_pattern(folder):
         "val": MissingPattern("text", 0.5, 0.5, 1),
         "test": MissingPattern("image", 0.9, 0.5, 1),
     }
-    data = open_data(
-        data_settings("hatememes", folder, BOTH, patterns=patterns, simulate_missing=True, seed=6), *SPLITS
-    )
+    drawn: dict[str, Any] = {"simulate_missing": True, "modality_dropout": 0.25, "seed": 6}
+    data = open_data(data_settings("hatememes", folder, BOTH, patterns=patterns, **drawn), *SPLITS)
     for split, pattern in patterns.items():
         dataset = data.datasets[split]
         assert np.array_equal(dataset.missing_table, draw_missing_table("hatememes", split, pattern, dataset.n_rows))
     assert [data.datasets[split].simulate_seed for split in SPLITS] == [6, None, None], "in training only"
+    assert [data.datasets[split].modality_dropout[0] for split in SPLITS] == [0.25, 0, 0], "in training only"
     assert len(list((folder / "tables").iterdir())) == 3
     assert data.describe() == (
         "  train       11 samples (4 complete, 4 text missing, 3 image missing)\n"
         "  val          7 samples (4 complete, 3 text missing, 0 image missing)\n"
-        "  test         9 samples (1 complete, 0 text missing, 8 image missing)"
+        "  test         9 samples (1 complete, 0 text missing, 8 image missing)\n"
+        f"  missing modalities in training: {data.training_missing}"
     )
+    assert data.training_missing.endswith("; modality dropout 0.25")
 
 
 def test_missing_types_are_counted_in_rows(folder: Path) -> None:

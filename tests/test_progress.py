@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from common.logs import set_up_logging
+from common.logs import set_up_logging, without_repeats
 from engine import progress, trainer
 from engine.progress import RunBar
 from run import command_line
@@ -66,3 +66,13 @@ def test_log_lines_go_to_the_current_standard_error(monkeypatch: Patch) -> None:
     monkeypatch.setattr("sys.stderr", file)
     logging.getLogger("rep").info("above the bar")
     assert file.getvalue() == "above the bar\n"
+
+
+def test_repeated_lines_are_left_out_only_within_the_block(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("rep")
+    with caplog.at_level("INFO"):
+        with without_repeats(logger):
+            for number in (1, 1, 2, 1):
+                logger.info("run %d", number)
+        logger.info("run %d", 1)
+    assert caplog.messages == ["run 1", "run 2", "run 1", "run 1"]

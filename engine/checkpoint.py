@@ -149,23 +149,22 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
     Raises:
         ValueError: the method's sizes do not fit together, or do not fit the backbone.
     """
-    task = task_of(spec.task, spec.custom)
+    task, options = task_of(spec.task, spec.custom), spec.method
     backbone = family_of(spec.task).build(spec.architecture)
-    kind = method_class(spec.method.prompt_type, spec.dataset.family)
-    method = kind(backbone.places, backbone.embed_dim, spec.method)
-    windows, parts = spec.method.text_windows, backbone.fused_parts
+    method = method_class(options.prompt_type, spec.dataset.family)(backbone.places, backbone.embed_dim, options)
+    windows, parts = options.text_windows, backbone.fused_parts
     if windows > 1 and (spec.dataset.family != CLIP or method.per_sample):
         why = "slots follow from the whole sample" if spec.dataset.family == CLIP else "data have no texts to read"
-        whose = f"prompt_type={spec.method.prompt_type} and task={spec.task}, whose {why}"
+        whose = f"prompt_type={options.prompt_type} and task={spec.task}, whose {why}"
         raise ValueError(f"text_windows: expected 1 with {whose}; found {windows}")
     parts += windows > 1  # text windows are pooled by mean and maximum
     if spec.head != "linear" and parts != len(backbone.places):
         why = f"with text_windows={windows}" if windows > 1 else "as features are not concatenated"
         raise ValueError(f"head: expected linear {why}, found {spec.head}")
-    head = head_class(spec.head)(parts, backbone.embed_dim, task.n_classes, spec.method)
+    head = head_class(spec.head)(parts, backbone.embed_dim, task.n_classes, options)
     if backbone.plain_head and isinstance(head, LinearHead):
         head.reset_parameters()
-    neighbours, k = None, spec.method.neighbours
+    neighbours, k = None, options.neighbours
     if k:
         widths = {name: backbone.embed_dim * (1 + (windows > 1 and name == "text")) for name in backbone.places}
         neighbours = Neighbours(widths, task.n_classes, k)
@@ -174,7 +173,7 @@ def build_classifier(spec: ModelSpec) -> MissingModalityClassifier:
     if k and (backbone.mixes or backbone.fused_parts != len(backbone.places) or not has_frozen_towers(classifier)):
         raise ValueError(
             "neighbours: expected frozen towers whose features are concatenated, as with prompt_type=none and "
-            f"train_ends=False; found prompt_type={spec.method.prompt_type}, train_ends={spec.method.train_ends} and "
+            f"train_ends=False; found prompt_type={options.prompt_type}, train_ends={options.train_ends} and "
             f"head={spec.head}"
         )
     return classifier

@@ -13,14 +13,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clip.backbone import FrozenWeights
+from clip.modules.classifier import MissingModalityClassifier
 from common.errors import ConfigError
 from common.hashing import file_sha256
 from engine.cached_features import at_their_index, has_constant_features, training_batches
-from engine.checkpoint import check_classes, read_checkpoint
+from engine.checkpoint import Checkpoint, check_classes, read_checkpoint
 from engine.families import BackboneChoice
 from engine.open_model import COMPUTE_TYPES, open_model
 from engine.training import model_input
 from vilt.datamodules import MissingModalityData
+from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import InputFormat
 
 if TYPE_CHECKING:
@@ -29,31 +31,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("rep")
 
 
-@torch.no_grad()
-def soft_labels(
-    path: Path,
-    options: "Options",
-    data: MissingModalityData,
-    given: InputFormat,
-    backbone: FrozenWeights,
-    device: torch.device,
-) -> Tensor:
-    """The teacher's class probabilities (N, C) for every training sample, 0 for those that training leaves out.
+def open_teacher(
+    path: Path, options: "Options", dataset: ArrowDataset, given: InputFormat
+) -> tuple[Checkpoint, MissingModalityClassifier]:
+    """Opens the teacher's checkpoint and its model.
 
     Args:
-        path: the teacher's checkpoint.
         options: options of the student's run.
-        given: the input format of `data`.
-        backbone: the backbone whose cached outputs `data` holds, if it holds any.
+        dataset: the training split.
+        given: its input format.
 
     Raises:
         ConfigError: the teacher takes other inputs, or is for another task.
         BackboneError, CheckpointError: the teacher cannot be opened, or is for other classes.
     """
-    checkpoint, dataset = read_checkpoint(path), data.datasets["train"]
-    if checkpoint.spec.task != data.settings.dataset or dataset.spec.label_range is not None:
+    checkpoint = read_checkpoint(path)
+    if checkpoint.spec.task != options.task or dataset.spec.label_range is not None:
         found = f"found one of {checkpoint.spec.task}"
-        raise ConfigError(f"teacher={path}: expected a model of the classes of {data.settings.dataset}, {found}")
+        raise ConfigError(f"teacher={path}: expected a model of the classes of {options.task}, {found}")
     check_classes(checkpoint, dataset)
     trust, seed = options.trust_backbone, options.published_seed
     choice = BackboneChoice(tokenizer=options.tokenizer, trust=trust, published_seed=seed)
@@ -63,7 +58,25 @@ def soft_labels(
     if classifier.neighbours is not None and checkpoint.contents.get("data of train") != file_sha256(dataset.path):
         expected = f"expected one trained on {dataset.path}, as no sample may be its own neighbour"
         raise ConfigError(f"teacher={path}: {expected}; found other data")
-    dtype = COMPUTE_TYPES[options.precision]
+    return checkpoint, classifier
+
+
+@torch.no_grad()
+def soft_labels(
+    checkpoint: Checkpoint,
+    classifier: MissingModalityClassifier,
+    precision: str,
+    data: MissingModalityData,
+    backbone: FrozenWeights,
+    device: torch.device,
+) -> Tensor:
+    """The teacher's class probabilities (N, C) for every training sample, 0 for those that training leaves out.
+
+    Args:
+        checkpoint, classifier: the teacher, as `open_teacher` returned it.
+        backbone: the backbone whose cached outputs `data` holds, if it holds any.
+    """
+    dataset, dtype = data.datasets["train"], COMPUTE_TYPES[precision]
     classifier.compute(dtype)
     classifier.to(device).eval()
     same = (checkpoint.backbone_sha256, checkpoint.spec.architecture) == (backbone.sha256, backbone.architecture)
@@ -74,5 +87,5 @@ def soft_labels(
             logits_BC = classifier(model_input(move_data_to_device(batch, device), "train"))
             logits_BC *= classifier.head.logit_scale  # cosines alone would give nearly uniform probabilities
             probabilities.append((logits_BC.sigmoid() if dataset.spec.multilabel else logits_BC.softmax(-1)).cpu())
-    log.info("soft labels for %d training samples from %s", len(dataset.chosen), path)
+    log.info("soft labels for %d training samples from %s", len(dataset.chosen), checkpoint.path)
     return at_their_index(dataset, torch.cat(probabilities)).to(device)

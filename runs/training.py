@@ -54,7 +54,7 @@ from engine.neighbour_accuracy import NeighbourAccuracy
 from engine.open_model import COMPUTE_TYPES, reading_texts
 from engine.processes import LOST, ending_together
 from engine.tasks import head_name, task_of
-from engine.teacher import soft_labels
+from engine.teacher import open_teacher, soft_labels
 from engine.trainer import make_trainer
 from engine.training import MINUS_LOSS, FinetuneModule, model_input
 from runs.evaluation import backbone_choice, check_measurable, open_data, test
@@ -140,12 +140,24 @@ def open_training(options: Options, given: Collection[str]) -> Opened:
     backbone = family.load(choice, trained_on)
     options = fit_depths(options, given, backbone.architecture)
     inputs = reading_texts(family.inputs(choice, backbone.architecture), options.method())
+    check_model(options, backbone.architecture)
     data = open_data(options, inputs)
     contents = {} if options.fast_dev_run and options.resume_from is None else contents_of_data(data)
     architecture = hashlib.sha256(repr(backbone.architecture).encode()).hexdigest()  # includes image preprocessing
     contents |= {"teacher": file_sha256(weights_file(options.teacher))} if options.teacher is not None else {}
     contents |= {"backbone": backbone.sha256, "architecture": architecture, "tokenizer": inputs.fingerprint}
     return Opened(options, start, backbone, inputs, data, contents | ({"load_path": start.sha256} if start else {}))
+
+
+def check_model(options: Options, architecture: Any) -> None:
+    """Raises ConfigError if the model's options do not fit each other or the backbone, before the data are read."""
+    custom = open_spec(options.task, options.data_root, options.splits).custom
+    try:
+        with torch.device("meta"):
+            model = build_classifier(ModelSpec(options.task, options.method(), architecture, options.head, custom))
+        model.head.trained_on(options.missing_type["train"])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def fit_depths(options: Options, given: Collection[str], architecture: Any) -> Options:
@@ -190,11 +202,8 @@ def train_from(
     task = task_of(options.task, custom)
     check_measurable(data, task)
     spec = ModelSpec(options.task, options.method(), backbone.architecture, options.head, custom)
-    try:
-        classifier = build_classifier(spec)
-        classifier.head.trained_on(options.missing_type["train"])
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    classifier = build_classifier(spec)
+    classifier.head.trained_on(options.missing_type["train"])
     log.info("parameters:\n%s", freeze(classifier, options.task))
     backbone.load_into(classifier.model)
     classifier.method.start_from(family.start_embeddings(backbone, inputs))
@@ -213,6 +222,11 @@ def train_from(
             check_classes(start, train_data)
         warm_start(classifier, spec, start, backbone, options.published_seed, with_head=options.finetune_first)
 
+    teacher = None
+    if options.teacher is not None:  # before anything that takes long
+        if type(classifier.method).augment is not Method.augment:
+            raise ConfigError(f"teacher: expected None with prompt_type={options.prompt_type}, which mixes samples")
+        teacher = open_teacher(options.teacher, options, train_data, inputs)
     classifier.compute(COMPUTE_TYPES[options.precision], checkpointing=options.activation_checkpointing)
     has_seen = start is not None and start.spec.method.prompt_type == options.prompt_type  # unlike a start of `none`
     if classifier.method.sees_training_split and options.resume_from is None and not has_seen:
@@ -222,10 +236,8 @@ def train_from(
         if options.resume_from is None:
             remember_training_split(classifier, data)
     taught = None
-    if options.teacher is not None:
-        if type(classifier.method).augment is not Method.augment:
-            raise ConfigError(f"teacher: expected None with prompt_type={options.prompt_type}, which mixes samples")
-        taught = soft_labels(options.teacher, options, data, inputs, backbone, own_device(options))
+    if teacher is not None:
+        taught = soft_labels(*teacher, options.precision, data, backbone, own_device(options))
     classifier.train()  # Lightning does not set the mode; a backbone keeps its frozen parts in evaluation mode
     folder = start_folder(options, name, custom, contents) if not options.fast_dev_run else None
     if folder is not None and backbone.left:

@@ -22,6 +22,7 @@ from engine.predict import load_model
 from engine.tasks import TASKS
 from engine.training import FinetuneModule, model_input
 from run import command_line
+from runs import training
 from tests.conftest import Workspace, call, read_json
 from tests.custom_files import read_arrow
 from tests.data_files import LOGIT_COLUMNS
@@ -82,13 +83,15 @@ def test_a_teacher_sees_everything_the_missing_table_leaves(workspace, tmp_path,
     torch.testing.assert_close(seen[-1][1], soft, rtol=1e-3, atol=1e-4)
 
 
-def test_a_teacher_with_neighbours_needs_its_own_training_split(workspace, tmp_path, capsys):
+def test_a_teacher_with_neighbours_needs_its_own_training_split(workspace, tmp_path, monkeypatch, capsys):
+    """It is refused before the frozen towers run, which takes hours."""
     options = ("prompt_type=none", "test_after_fit=False")
     best = workspace.train("with_neighbours", *options, "neighbours=2", log_dir=tmp_path) / "best.ckpt"
     stored = torch.load(best, weights_only=True)
     stored["rep"]["contents"]["data of train"] = "0" * 64
     torch.save(stored, best)
     capsys.readouterr()
+    monkeypatch.setattr(training, "cache_features", None)
     places = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", f"teacher={best}", "exp_name=taught")
     assert command_line(workspace.command(*options, *places)) == 2
     assert f"teacher={best}: expected one trained on {workspace.arrow}" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import torch
 from common.errors import ConfigError
 from config import DEFAULTS, OPTIONS, Options
 from run import command_line
-from runs import start
+from runs import start, training
 from runs.check_options import check, read_options
 from tests.conftest import Captured, Workspace, error_line
 from vilt.datasets.specs import DATASETS, SPLITS
@@ -99,6 +99,14 @@ def test_invalid_options_are_refused(workspace: Workspace, tmp_path: Path, capsy
     assert command_line([word for word in command if option or not word.startswith("task_")]) == 2
     assert WRONG[option] in error_line(capsys)
     assert not (tmp_path / "result").exists()
+
+
+@pytest.mark.parametrize("option", ["memory_depth=3", "prompt_type=none head=dpl text_windows=3"])
+def test_a_model_that_cannot_be_built_is_refused_before_the_data_are_read(workspace, option, monkeypatch, capsys):
+    """Reading them includes hashing, token ids and the image cache, which take long."""
+    monkeypatch.setattr(training, "open_data", None)
+    assert command_line(workspace.command(f"vit={workspace.backbone}", *option.split())) == 2
+    assert WRONG[option] in error_line(capsys)
 
 
 def test_print_config_explains_every_option(capsys: Captured) -> None:

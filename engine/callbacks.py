@@ -259,8 +259,10 @@ class Report(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._log_epoch(trainer, trainer.current_epoch - 1)
-        # The step that the test is logged at: one too low in a run resumed where StepLimit ended it in mid-epoch.
+        # Step and epoch that the test is logged at: one too low in a run resumed where StepLimit ended it in mid-epoch.
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        epoch = trainer.fit_loop.epoch_progress.current
+        epoch.completed = epoch.ready
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int

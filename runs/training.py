@@ -20,6 +20,7 @@ from clip.backbone import FrozenWeights
 from clip.modules.classifier import MissingModalityClassifier
 from clip.modules.fused import PLAIN
 from clip.modules.method import Method
+from clip.modules.neighbours import BANK
 from clip.modules.no_prompts import NoPrompts
 from clip.modules.registry import TRAIN_BACKBONES, method_class
 from clip.trainable import freeze
@@ -376,7 +377,9 @@ def warm_start(
     if type(start.method) is NoPrompts:  # it has only the head and, if they were trained, the ends of the towers
         absent |= {name for name in saved_names(classifier) if name.startswith(f"model.{method.attribute}.")}
     candidates = [name for name in saved_names(classifier) if name not in absent]
-    left_out = ("neighbours.", *(() if with_head else heads))  # neighbours are the start's own training samples
+    left_out = ("neighbours.", *heads)
+    if with_head:  # and the gates of neighbours; the neighbours themselves are the start's own training samples
+        left_out = ("neighbours.",) if start.neighbours is None else tuple(f"neighbours.{name}" for name in BANK)
     wanted = [name for name in candidates if not name.startswith(left_out)]
     misfits = [name for name in wanted if name not in theirs or own[name].shape != theirs[name].shape]
     if misfits:

@@ -66,6 +66,11 @@ def test_validation_or_test_interrupted_after_max_steps_is_repeated(workspace: W
     assert tested.run(("test", 1, TERMINATED)) == 143, tested.log.read_text()
     assert tested.run() == 0, tested.log.read_text()
     assert {step for step, name in tested.metrics() if name.startswith("test/")} == {steps}
+    assert_same(tested, once)
+    ended = Chain(workspace, f"limited_at_its_end_{steps}", f"max_steps={steps}")
+    assert ended.run(("epoch end", 1, KILLED)) == -KILLED, ended.log.read_text()
+    assert ended.run() == 0, ended.log.read_text()
+    assert_same(ended, once)
     chain = Chain(workspace, f"limited_in_validation_{steps}", f"max_steps={steps}")
     assert chain.run(("validation", 3, TERMINATED)) == 143, chain.log.read_text()
     last = torch.load(chain.folders[0] / "last.ckpt", weights_only=True)

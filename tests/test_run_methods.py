@@ -200,6 +200,28 @@ def test_aoept_draws_its_clusters_after_a_warm_start_from_another_method(workspa
         assert torch.equal(states[0][name], states[1][name])
 
 
+def test_a_warm_start_with_the_head_keeps_the_gates_of_neighbours(workspace: Workspace, tmp_path: Path) -> None:
+    """Without the head, they start at 0. The neighbours are those of the new training split."""
+    options = ("prompt_type=none", "neighbours=2", "test_after_fit=False", "max_steps=1", "warmup_steps=0")
+    run(workspace, tmp_path, *options, "exp_name=start")
+    start = state_of(tmp_path / "start_seed0", "best.ckpt")
+    again = (*options, f"load_path={tmp_path / 'start_seed0' / 'version_0' / 'best.ckpt'}", "learning_rate=1e-12")
+    for with_head in (True, False):
+        name = f"with_head_{with_head}"
+        run(workspace, tmp_path, *again, f"finetune_first={with_head}", "seed=1", f"exp_name={name}")
+        found = state_of(tmp_path / f"{name}_seed1", "best.ckpt")
+        for gate in ("neighbours.vote_gate_C", "neighbours.feature_gate_M"):
+            expected = start[gate] if with_head else torch.zeros_like(start[gate])
+            torch.testing.assert_close(found[gate], expected, rtol=0, atol=1e-9)
+            assert start[gate].abs().max() > 1e-6
+        assert not torch.equal(found["neighbours.present_NM"], start["neighbours.present_NM"])
+    run(
+        workspace, tmp_path, *again, "neighbours=0", "finetune_first=True", "exp_name=without"
+    )  # nor the other way round
+    back = f"load_path={tmp_path / 'without_seed0' / 'version_0' / 'best.ckpt'}"
+    run(workspace, tmp_path, *again, back, "finetune_first=True", "exp_name=back")
+
+
 @pytest.mark.parametrize(
     ("blocks", "wanted", "given", "expected"),
     [

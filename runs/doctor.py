@@ -31,7 +31,7 @@ from common.text import counted, per_cent
 from config import Options
 from engine.families import family_of
 from runs.check_options import check_together, resolve
-from runs.evaluation import backbone_choice
+from runs.evaluation import backbone_choice, check_samples
 from runs.start import remark_on_validation, remarks, samples_of_epoch
 from runs.training import starting_point, train_from
 from vilt.datamodules import split_patterns
@@ -170,6 +170,7 @@ class Doctor:
         data.missing_table = load_missing_table(root, spec.table_name, split, pattern, data.n_rows)
         if split == "train":
             data.choose(options.label_ratio, options.seed)
+        check_samples(options, split, data)
         what = " (one per text)" if spec.column_of("text") else ""
         facts = [f"{counted(data.n_rows, 'row')}, {counted(len(data), 'sample')}{what}"]
         if split == "train" and spec.redrawn and options.simulate_missing:

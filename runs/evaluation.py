@@ -37,6 +37,7 @@ from vilt.datamodules import MissingModalityData
 from vilt.datasets.arrow_dataset import ArrowDataset
 from vilt.datasets.kinds import InputFormat
 from vilt.datasets.open_spec import open_spec
+from vilt.datasets.specs import Split
 from vilt.missing_tables import counts_text, type_counts
 
 log = logging.getLogger("rep")
@@ -97,15 +98,20 @@ def open_data(options: Options, inputs: InputFormat) -> MissingModalityData:
     """
     data = MissingModalityData(options.data_settings(), options.splits, inputs)
     for split, dataset in data.datasets.items():
-        if (samples := len(dataset.chosen)) < options.processes:
-            few = split == "train" and options.label_ratio < 1
-            remedy = "a larger label_ratio" if few else "fewer processes (num_gpus, num_nodes or cpu_processes)"
-            raise ConfigError(
-                f"{dataset.path}: expected at least one sample for each of the {options.processes} processes, found "
-                f"{samples} in {split}; use {remedy}"
-            )
+        check_samples(options, split, dataset)
     log.info("data of %s:\n%s", options.data_root, data.describe())
     return data
+
+
+def check_samples(options: Options, split: Split, dataset: ArrowDataset) -> None:
+    """Raises ConfigError if a split has fewer samples than there are processes."""
+    if (samples := len(dataset.chosen)) < options.processes:
+        few = split == "train" and options.label_ratio < 1
+        remedy = "a larger label_ratio" if few else "fewer processes (num_gpus, num_nodes or cpu_processes)"
+        raise ConfigError(
+            f"{dataset.path}: expected at least one sample for each of the {options.processes} processes, found "
+            f"{samples} in {split}; use {remedy}"
+        )
 
 
 def check_measurable(data: MissingModalityData, task: Task) -> None:

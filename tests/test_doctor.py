@@ -111,6 +111,13 @@ def test_only_an_unpublished_dataset_size_is_remarked_on(examine, monkeypatch, a
     assert "published" not in examine(data_root=arrow).text["train data"]
 
 
+def test_a_split_with_fewer_samples_than_processes_fails(examine: Examine) -> None:
+    """Although the training step runs in one process."""
+    found = examine("cpu_processes=10")
+    assert found.failed() == {"val data"}
+    assert "one sample for each of the 10 processes" in found.text["val data"]
+
+
 def test_a_validation_split_of_one_class_is_remarked_on(examine: Examine, tmp_path: Path) -> None:
     write_labelled(tmp_path / "raw", {"train": 8, "val": 1, "test": 6}, ["cat", "dog"], metric="accuracy")
     assert convert(tmp_path / "raw", tmp_path / "own") == 0

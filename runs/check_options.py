@@ -40,6 +40,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "network": ("sensors", VLA),
 }
 """Options that exist only for some backbone families."""
+UNUSED_IN_PRETRAINING = {
+    **dict.fromkeys(("simulate_missing", "modality_dropout"), "compares all modalities"),
+    **dict.fromkeys(("label_ratio", "teacher"), "uses no labels"),
+    "lr_mult": "trains no head",
+}
+"""Options without effect on the methods in PRETRAINING, and why."""
 NEEDS = {"replay_depth": "far", "decoupling_weight": "fmb", "dynamic_init": "fmb"}
 """Options of REP as described, and the option that each needs."""
 OUTPUTS = {"predict": ("predictions.csv", ".csv", ".jsonl"), "embed": ("features.npz", ".npz", ".safetensors")}
@@ -161,6 +167,8 @@ def check_together(options: Options) -> None:
     family = EVERY_DATASET[options.task].family
     if options.published_f1 and family != VLA:
         raise ConfigError(f"published_f1: expected a task of text, audio and vision, found {options.task}")
+    if options.teacher is not None and EVERY_DATASET[options.task].label_range is not None:
+        raise ConfigError(f"teacher: expected a task with classes, whose probabilities it gives, found {options.task}")
     frozen = family == VLA and options.prompt_type not in TRAIN_BACKBONES
     if frozen and options.load_path is None and options.vit.startswith("random"):
         raise ConfigError(
@@ -205,13 +213,11 @@ def _check_method(options: Options) -> None:
     if (together := PRETRAINING.get(options.prompt_type)) is not None:
         if ratio := options.missing_ratio["train"] or options.missing_ratio["val"]:
             raise ConfigError(f"missing_ratio: expected 0 with prompt_type={options.prompt_type}, found {ratio:g}")
-        for name in ("simulate_missing", "modality_dropout"):
-            if found := getattr(options, name):
-                expected = f"expected {OPTIONS[name].default} with prompt_type={options.prompt_type}"
-                raise ConfigError(f"{name}: {expected}, which compares all modalities, found {found}")
-        if options.label_ratio != 1:
-            expected = f"expected 1 with prompt_type={options.prompt_type}, which uses no labels"
-            raise ConfigError(f"label_ratio: {expected}, found {options.label_ratio:g}")
+        for name, why in UNUSED_IN_PRETRAINING.items():
+            default = OPTIONS[name].default
+            if (found := getattr(options, name)) != default:
+                expected = f"expected {default} with prompt_type={options.prompt_type}, which {why}"
+                raise ConfigError(f"{name}: {expected}, found {found}")
         if options.per_gpu_batchsize % together or options.per_gpu_batchsize == together:
             raise ConfigError(
                 f"per_gpu_batchsize: expected a multiple of {together}, the length of a subsequence, for at least 2 "

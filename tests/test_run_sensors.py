@@ -215,6 +215,8 @@ def test_a_warm_start_from_another_family_is_refused(root: Path, monkeypatch: Pa
             (*FOCAL, "label_ratio=0.1"),
             "label_ratio: expected 1 with prompt_type=focal, which uses no labels",
         ),
+        ((*FOCAL, "teacher=best.ckpt"), "teacher: expected None with prompt_type=focal, which uses no labels"),
+        ((*FOCAL, "lr_mult=2"), "lr_mult: expected 1 with prompt_type=focal, which trains no head, found 2"),
         ((*FOCAL, "per_gpu_batchsize=6"), "per_gpu_batchsize: expected a multiple of 4"),
         ((*FOCAL, "per_gpu_batchsize=4"), "for at least 2 subsequences, with prompt_type=focal, found 4"),
     ],

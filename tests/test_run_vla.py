@@ -277,6 +277,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("network.width=16",), "network.width: expected 8"),
     (("network.layers=5",), "network.layers: expected 2"),
     (("finetune_first=True",), "finetune_first: expected a model whose head fits, found the backbone"),
+    (("teacher=best.ckpt",), "teacher: expected a task with classes, whose probabilities it gives, found mosi"),
     (("image_cache=True",), "image_cache: is not an option of task=mosi, found True"),
     (("network.depth=1",), "network: expected width, heads, layers, found depth"),
     (("memory_depth=9",), "memory_depth=9 needs more blocks than the backbone has"),

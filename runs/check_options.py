@@ -113,7 +113,8 @@ def row_of(config: Mapping[str, Any]) -> DatasetSpec:
 
 def read_prediction(config: Mapping[str, Any], command: str, *sources: str) -> Options:
     """Checks the options of predict or embed; exactly one of `sources` must name the samples. Raises ConfigError."""
-    options = read_all(config)
+    later = {name: OPTIONS[name].default for name in ("missing_type", "test_type")}  # by the checkpoint's modalities
+    options = read_all({**config, **later})
     if options.load_path is None or sum(getattr(options, source) is not None for source in sources) != 1:
         samples = " or ".join({"input": "input=samples.csv", "split": "split=test"}[source] for source in sources)
         found = ", ".join(name for name in ("load_path", *sources) if getattr(options, name) is not None) or "none"

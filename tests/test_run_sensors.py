@@ -148,6 +148,15 @@ def test_robustness_runs_and_report_accept_sensors(root: Path, trained: Path, tm
     assert "without acc + gyr" in page and "1 of 1 trained run with" in page and "no robustness results" not in page
 
 
+def test_a_split_is_embedded_with_missing_types_of_the_checkpoint(root: Path, trained: Path, tmp_path: Path) -> None:
+    options = (f"load_path={trained / 'best.ckpt'}", f"data_root={root / 'data'}", f"output={tmp_path / 'out.npz'}")
+    given = ("split=val", "missing_ratio=1", "missing_type=gyr+acc", f"missing_table_root={tmp_path}", "num_workers=0")
+    assert call("embed", *options, *given) == 0
+    with np.load(tmp_path / "out.npz") as features:
+        present = {name: features[f"present/{name}"].tolist() for name in ("acc", "gyr", "lig")}
+    assert present == {"acc": [False] * 12, "gyr": [False] * 12, "lig": [True] * 12}
+
+
 @pytest.mark.parametrize("network", ["swt", "deepsense"])
 def test_supervised_training_of_both_networks(root: Path, network: str) -> None:
     own = NETWORK if network == "swt" else ("network.width=8", "network.recurrent_width=4")

@@ -68,7 +68,7 @@ def test_other_systems_are_refused(system: str, monkeypatch: Patch, capsys: Capt
 FAULTS = """
 import resource, torch
 from common.machine import keep_freed_memory
-{setting}
+keep_freed_memory()
 for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     [torch.ones((1 + i % 5) * 2**18) for i in range(40)]  # 1 to 5 MiB each
@@ -77,12 +77,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """Prints how many pages the system had to provide for tensors of sizes that had all been freed before."""
 
 
-@pytest.mark.parametrize(("setting", "is_reused"), [("", False), ("keep_freed_memory()", True)])
-def test_freed_memory_is_reused(setting: str, is_reused: bool) -> None:
+def test_freed_memory_is_reused() -> None:
     """It is not returned to the system, which would have to zero the pages of each new tensor."""
-    code = [sys.executable, "-c", FAULTS.format(setting=setting)]
-    done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert (int(done.stdout) < 1000) == is_reused
+    done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000  # otherwise 100,000, with glibc's defaults
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def interrupt(command: list[str], monkeypatch: Patch, checkpoints: int) -> None:
 
 
 @pytest.mark.parametrize("checkpoints", range(1, 6))
-def test_step_numbers_continue_in_a_resumed_run(workspace, monkeypatch, checkpoints):
+def test_step_numbers_continue_in_a_resumed_run(workspace, monkeypatch, capsys, checkpoints):
     """Even right after a validation, where Lightning counts the step only after the checkpoint."""
 
     def between_steps(self: Any, trainer: Any) -> bool:
@@ -96,6 +96,7 @@ def test_step_numbers_continue_in_a_resumed_run(workspace, monkeypatch, checkpoi
     assert command_line(auto(workspace, name)) == 0
     numbers = [int(row["step"]) for row in read_csv(folder_of(workspace, name, 1) / "metrics.csv")]
     assert numbers == [*range(checkpoints, 7)]  # six steps, and the test
+    assert ": 0 training samples" not in capsys.readouterr().err  # of an epoch that was over before
 
 
 def test_a_new_run_starts_afresh_and_a_finished_one_is_left_alone(workspace, capsys):

@@ -455,6 +455,7 @@ def drawn(raw: Path, seed: int | None = None, rows: int = 100) -> tuple[dict[str
 def test_unspecified_splits_are_drawn_by_label_and_seed(raw: Path, capsys: Captured) -> None:
     labels, images = drawn(raw)
     assert {split: len(found) for split, found in labels.items()} == {"train": 70, "val": 10, "test": 20}
+    assert images == sorted(images, key=lambda name: int(name.removesuffix(".png"))), "in the table's order"
     for split, share in (("train", 0.7), ("val", 0.1), ("test", 0.2)):
         for number, count in enumerate((40, 50, 10)):
             assert abs(labels[split].count(number) - share * count) <= 2, (split, number)

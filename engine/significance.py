@@ -54,8 +54,8 @@ def difference_interval(values_SR: Tensor, value: float, units: int) -> tuple[fl
             then widened to what a difference seen in none of `units` allows.
     """
     pairs, resamples = values_SR.shape
-    drawn_SR = np.random.default_rng(SEED).integers(pairs, size=(pairs, resamples)) if pairs > 1 else [[0] * resamples]
-    values_R = values_SR.gather(0, torch.as_tensor(np.asarray(drawn_SR))).nanmean(0)
+    drawn_SR = np.random.default_rng(SEED).integers(pairs, size=(pairs, resamples))
+    values_R = values_SR.gather(0, torch.from_numpy(drawn_SR)).nanmean(0)
     low, high = percentiles(value, values_R)
     margin = wilson(0, units)[1] if high - low < TIE else 0.0
     return low - margin, high + margin

@@ -298,8 +298,6 @@ class MissingModalityData(pl.LightningDataModule):
         if training and self._resume is not None:
             epoch, batches = self._resume
             sampler.skip = (epoch, batches * settings.per_gpu_batchsize)
-            # When resuming, workers request their first batches before Lightning sets the sampler's epoch.
-            sampler.set_epoch(epoch)
         dataset, cached = self.datasets[split], self.datasets[split].cached is not None
         once, workers = not training and settings.subsequence == 1, 0 if cached else settings.num_workers
         dataset.reading = torch.full((workers, 2), -1).share_memory_()

@@ -21,7 +21,7 @@ from engine.predict import load_model
 from engine.training import FinetuneModule
 from make_arrow import main as make_arrow
 from run import command_line
-from sensors.augmentations import draw_view
+from sensors.augmentations import VIEWS, draw_view
 from sensors.backbone import build
 from sensors.swt import SwtTower
 from sensors.weights import published_weights, sizes_for
@@ -306,20 +306,39 @@ def test_views_change_each_modality_some_of_the_time() -> None:
     assert all(8 <= count <= 32 for count in changed.values())
 
 
+def test_plain_views_permute_intervals_negate_reverse_and_scale() -> None:
+    torch.manual_seed(0)
+    x = 1 + torch.rand(2, 3, 5, 4)
+    permuted, negated, turned, scaled = (view(x) for view in VIEWS[:4])
+    order = [int((permuted[:, :, [k]] == x).all(dim=(0, 1, 3)).nonzero()) for k in range(5)]
+    assert sorted(order) == [0, 1, 2, 3, 4] != order
+    assert torch.equal(negated, -x) and torch.equal(turned.flatten(2), x.flatten(2).flip(2))
+    factor = scaled[0, 0, 0, 0] / x[0, 0, 0, 0]
+    torch.testing.assert_close(scaled, factor * x)
+    assert 0 < abs(factor - 1) < 1
+
+
 def test_mixed_samples_have_mixed_labels() -> None:
+    """Sample k has the value and the class k, so the mean value follows from the class shares; a phase keeps both."""
     from sensors.methods import Supervised
 
     torch.manual_seed(1)
     classifier = make(kind=Supervised)
-    signals = signals_of(classifier.model.sizes, 7)  # type: ignore[arg-type]
-    batch, labels = batch_of(signals, ALL), torch.arange(7) % 4
-    for _ in range(10):
-        mixed, shares = classifier.method.augment(batch, labels, 4)
-        assert shares.shape == (7, 4) and torch.allclose(shares.sum(dim=1), torch.ones(7))
-        for name, x in batch.inputs.items():
-            assert mixed.inputs[name].shape == x.shape
-        logits, _ = classifier.training_outputs(mixed, shares)
-        assert torch.isfinite(torch.nn.functional.cross_entropy(logits, shares))
+    values, signals = torch.arange(7.0), signals_of(classifier.model.sizes, 7)  # type: ignore[arg-type]
+    batch = batch_of({name: values[:, None, None, None].expand_as(x) for name, x in signals.items()}, ALL)
+    partners = torch.zeros(7, 7, dtype=torch.bool)
+    for _ in range(100):
+        mixed, shares = classifier.method.augment(batch, torch.arange(7), 7)
+        mean = torch.zeros(7)
+        for name, x in mixed.inputs.items():
+            assert x.shape == batch.inputs[name].shape
+            mean[batch.rows[name]] += x.abs().mean(dim=(1, 2, 3))
+        torch.testing.assert_close(shares @ values, mean / ALL.sum(dim=1))
+        torch.testing.assert_close(shares.sum(dim=1), torch.ones(7))
+        partners |= shares > 0
+    assert torch.equal(partners, ALL.float() @ ALL.float().T > 0), "those with a modality in common"
+    logits, _ = classifier.training_outputs(mixed, shares)
+    assert torch.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -249,7 +249,10 @@ def test_alpha_blends_starting_slots_and_those_of_the_blocks() -> None:
 
 def test_the_whole_learner_is_trained_and_no_tower() -> None:
     described = replace(OPTIONS, replay_depth=2, decoupling_weight=0.5, dynamic_init=True)
-    for options in (OPTIONS, described):
+    unused = tuple(
+        f"model.memory_learner.{part}" for part in ("private_memory_missing", "common_memory", "residual_alpha")
+    )
+    for options in (OPTIONS, described, replace(OPTIONS, far=False, fmb=False)):
         classifier = make(options=options).train()
         assert not classifier.model.towers["sound"].get_submodule("stages").training
         before = {name: x.clone() for name, x in (*classifier.named_parameters(), *classifier.named_buffers())}
@@ -262,6 +265,7 @@ def test_the_whole_learner_is_trained_and_no_tower() -> None:
             optimizer.step()
         for name, parameter in classifier.named_parameters():
             trained = name.startswith(("model.memory_learner.", "model.mod_fusion_layers.", "class_layer."))
+            trained &= options.fmb or not name.startswith(unused)
             assert parameter.requires_grad == trained and (parameter.grad is not None) == trained, name
             assert trained == (not torch.equal(before[name], parameter)), name
         for name, buffer in classifier.named_buffers():

@@ -158,6 +158,19 @@ def test_parameter_counts_at_the_sizes_of_mosi(method: str, trained: int) -> Non
     assert sum(p.numel() for p in classifier.parameters() if p.requires_grad) == trained
 
 
+@pytest.mark.parametrize(
+    ("options", "unused"),
+    [
+        ({}, set()),
+        ({"far": False}, {"residual_alpha"}),
+        ({"fmb": False}, {"common_memory", *(f"common_memory_projection_{letter}" for letter in LETTERS.values())}),
+    ],
+)
+def test_parameters_unused_under_an_option_are_not_trained(options: Any, unused: set[str]) -> None:
+    learner = vla_classifier(TINY, replace(REP, **options)).method
+    assert {name.split(".")[0] for name, p in learner.named_parameters() if not p.requires_grad} == unused
+
+
 @pytest.mark.parametrize("options", [{"replay_depth": 1}, {"dynamic_init": True}, {"decoupling_weight": 1.0}], ids=str)
 def test_options_as_described_do_not_change_the_initial_output(options: Any) -> None:
     plain, described = (vla_classifier(TINY, each).eval() for each in (REP, replace(REP, **options)))

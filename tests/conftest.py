@@ -27,6 +27,8 @@ SLOW = {
     *("run_sensors", "run_vla", "sweep", "undefined", "writers"),
 }
 """Test files that train or start processes; `pytest -m "not slow"` skips them."""
+LONG = pytest.mark.skipif(not os.environ.get("TEST_LONG"), reason="long: TEST_LONG=1")
+"""Marks tests of `make test-long`."""
 GOLDEN_ARROW = Path(__file__).parent / "data" / "golden" / "arrow"
 
 

@@ -15,12 +15,11 @@ import torch
 
 from common.signals import Stopped, stopping_on_signals
 from run import command_line
-from tests.conftest import Captured, Workspace
+from tests.conftest import LONG, Captured, Workspace
 from tests.interrupted import Chain, differences
 from vilt.datasets.kinds import ImageKind
 
 ROOT = Path(__file__).parents[1]
-LONG = bool(os.environ.get("TEST_LONG"))
 PLACES = ("accumulation", "optimiser step", "validation", "before the checkpoint", "checkpoint", "epoch end", "test")
 KILLED, TERMINATED, INTERRUPTED = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
@@ -57,7 +56,7 @@ def test_sigterm_saves_a_checkpoint_first(workspace: Workspace, whole: Chain) ->
     assert_same(chain, whole)
 
 
-@pytest.mark.parametrize("steps", [3, 4], ids=["between validations", "when validation is due"])
+@pytest.mark.parametrize("steps", [pytest.param(3, id="between validations", marks=LONG), 4])
 def test_validation_or_test_interrupted_after_max_steps_is_repeated(workspace: Workspace, steps: int) -> None:
     """Each validation has two batches; it runs at steps 2 and 4, and at step 3 only because of the limit."""
     once = Chain(workspace, f"limited_{steps}", f"max_steps={steps}")
@@ -181,7 +180,7 @@ def test_a_slurm_job_is_requeued_and_resumes(workspace: Workspace, whole: Chain,
 # `make test-long`
 
 
-@pytest.mark.skipif(not LONG, reason="long: TEST_LONG=1")
+@LONG
 @pytest.mark.parametrize("number", [KILLED, TERMINATED, INTERRUPTED])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_interrupted_anywhere_ends_bitwise_equal(
@@ -196,7 +195,7 @@ def test_a_run_interrupted_anywhere_ends_bitwise_equal(
     assert_same(chain, whole)
 
 
-@pytest.mark.skipif(not LONG, reason="long: TEST_LONG=1")
+@LONG
 @pytest.mark.parametrize("place", ["epoch 0, step 2:", "epoch 0: "])
 def test_two_processes_stop_together(workspace: Workspace, place: str) -> None:
     """Only the first gets the signal; both stop at the same step, and the run resumes as if never stopped."""
@@ -231,7 +230,7 @@ def children(pid: int) -> list[int]:
     ]
 
 
-@pytest.mark.skipif(not LONG, reason="long: TEST_LONG=1")
+@LONG
 def test_memory_does_not_grow(workspace: Workspace, capsys: Captured) -> None:
     chain = Chain(workspace, "long", "num_workers=2", "max_epoch=10000", f"max_steps={STEPS}", "val_check_interval=1.0")
     process, memory = chain.started(), dict[int, list[int]]()

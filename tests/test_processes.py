@@ -19,7 +19,7 @@ from engine.processes import ending_together
 from engine.trainer import make_trainer
 from run import command_line
 from runs.check_options import check
-from tests.conftest import Captured, Patch, Workspace, read_json
+from tests.conftest import LONG, Captured, Patch, Workspace, read_json
 from tests.custom_files import convert, write_labelled
 
 ROOT = Path(__file__).parents[1]
@@ -100,23 +100,22 @@ def in_a_step(change: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("change", "ranks", "status", "said"),
+    ("change", "status", "said"),
     [
-        (in_a_step(SPOIL), (1,), 2, "loss became nan at step 2 (epoch 0, batch 4), first in the parameter mmimdb"),
-        (BAD_IMAGE, (1,), 2, "the image cannot be decoded: made up"),
-        (in_a_step("raise ZeroDivisionError"), (1,), 1, "internal error: ZeroDivisionError"),
-        (in_a_step("os.kill(os.getpid(), signal.SIGKILL)"), (1,), 2, "was killed by SIGKILL"),
+        (in_a_step(SPOIL), 2, "loss became nan at step 2 (epoch 0, batch 4), first in the parameter mmimdb"),
+        pytest.param(BAD_IMAGE, 2, "the image cannot be decoded: made up", marks=LONG),
+        (in_a_step("raise ZeroDivisionError"), 1, "internal error: ZeroDivisionError"),
+        (in_a_step("os.kill(os.getpid(), signal.SIGKILL)"), 2, "was killed by SIGKILL"),
     ],
     ids=["loss", "image", "fault", "killed"],
 )
-def test_an_error_in_one_process_ends_both_with_its_message(workspace, tmp_path, change, ranks, status, said):
+def test_an_error_in_one_process_ends_both_with_its_message(workspace, tmp_path, change, status, said):
     options = (f"vit={workspace.backbone}", f"log_dir={tmp_path}", "cpu_processes=2", "per_gpu_batchsize=2")
     command = workspace.command(*options, "missing_ratio.train=0.0")
-    for rank in ranks:
-        done = in_processes(tmp_path / "script.py", command, change.replace("{rank}", str(rank)))
-        assert done.returncode == status, done.stderr[-3000:]
-        assert done.stderr.count(said) == 1
-        assert done.stderr.count("Traceback") == (status == 1)
+    done = in_processes(tmp_path / "script.py", command, change.replace("{rank}", "1"))
+    assert done.returncode == status, done.stderr[-3000:]
+    assert done.stderr.count(said) == 1
+    assert done.stderr.count("Traceback") == (status == 1)
 
 
 def test_a_split_with_fewer_samples_than_processes_is_refused_before_training(workspace, tmp_path, capsys):

@@ -19,7 +19,7 @@ from engine.stored_logits import LogitStore
 from engine.tasks import TASKS
 from engine.training import FinetuneModule
 from run import command_line
-from tests.conftest import Captured, Patch, Workspace, read_csv, read_json, refusal
+from tests.conftest import LONG, Captured, Patch, Workspace, read_csv, read_json, refusal
 from tests.custom_files import read_arrow
 from tests.data_files import LOGIT_COLUMNS, TYPE_NAMES
 from tests.report_files import edit_json
@@ -532,6 +532,7 @@ def test_a_checkpoint_may_be_given_without_its_run(workspace: Workspace, trained
     assert results["checkpoint"] == "downloaded.ckpt"
 
 
+@LONG
 def test_two_processes_give_the_same_results(fresh: Path, encoded: Path) -> None:
     in_processes(robustness_command(f"load_path={fresh / 'best.ckpt'}", "cpu_processes=2", *QUICK))
     for name in LOGIT_COLUMNS:

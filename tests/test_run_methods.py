@@ -263,4 +263,4 @@ def test_a_head_is_told_the_missing_type_of_training(workspace, tmp_path, monkey
     monkeypatch.setattr(DecoupledPrototypes, "trained_on", lambda _, missing_type: told.append(missing_type))
     types = ("missing_type=text", "test_type=image")
     run(workspace, tmp_path, "head=dpl", "prompt_type=none", *types, "fast_dev_run=True")
-    assert told == ["text"]
+    assert set(told) == {"text"}

@@ -28,7 +28,7 @@ from runs.command_line import is_of_sweep, read_command_line
 from runs.sweep import command, jobs
 from runs.sweep.jobs import Job, Outcome, Progress, error_in, run_here
 from runs.sweep.launchers import Submission, _run_submitted
-from tests.conftest import Captured, Patch, Workspace, error_line, read_csv, read_json
+from tests.conftest import LONG, Captured, Patch, Workspace, error_line, read_csv, read_json
 from tests.custom_files import convert, write_labelled
 from vilt.datasets.custom import CustomData
 from vilt.datasets.specs import custom_spec
@@ -514,6 +514,7 @@ def test_runs_of_a_sweep_do_not_see_slurm_task_variables(tmp_path: Path, stand_i
     assert "None 77" in submission.job.log.read_text().splitlines()
 
 
+@LONG
 def test_the_best_command_of_a_search_repeats_its_score(sweep: Sweep, capsys: Captured) -> None:
     assert sweep.run("search.learning_rate=[1e-3,1e-1]", "search.memory_length=[3,6]", "search_trials=2") == 0
     said = capsys.readouterr().out

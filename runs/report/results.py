@@ -30,8 +30,8 @@ PUBLISHED_SIZES = {"image_size": 224, "patch_size": 16, "vision_width": 768, "vi
 class ReportRun(Run):
     """A run in the report, where its short name is `tag`, such as R1."""
 
-    def __init__(self, run: Run, tag: str) -> None:
-        vars(self).update(vars(run))
+    def __init__(self, folder: Path, tag: str) -> None:
+        super().__init__(folder)
         self.tag = tag
 
     @cached_property
@@ -161,7 +161,7 @@ def read_report_runs(places: Sequence[Path]) -> list[ReportRun]:
     runs, damaged = runs_of_each(places)
     for error in damaged.values():
         log.warning("left out of the report: %s", error)
-    read = [ReportRun(run, f"R{number}") for number, run in enumerate(runs, start=1)]
+    read = [ReportRun(run.folder, f"R{number}") for number, run in enumerate(runs, start=1)]
     for run in read:  # report damaged files now, not after minutes of drawing
         _ = run.environment, run.backbone
     _check_same_test_sets(read)
